@@ -1,0 +1,48 @@
+"""The row layout: one prompt, K completions that branch from it, several examples a row.
+
+    tokens    p0 p1 p2 | p3 c1 c2 c3 | p3 r1 r2 | q0 | q1 c1 ... | 0 0
+    labels     .  .  . | c1 c2 c3 $  | r1 r2 $  |  . | c1 c2 ... | . .
+    position   0  1  2 |  3  4  5  6 |  3  4  5 |  0 |  1  2 ... | 0 0
+    example    1  1  1 |  1  1  1  1 |  1  1  1 |  2 |  2  2 ... | 0 0
+    branch     0  0  0 |  1  1  1  1 |  2  2  2 |  0 |  1  1 ... | 0 0
+
+Every branch begins with a copy of the prompt's last token, so that each of its tokens
+predicts the next one of its own branch: ``branch > 0`` is exactly the set of scored
+positions. Token j is visible to token i when ``j <= i``, both belong to one example,
+and ``branch[j]`` is 0 or ``branch[i]``.
+
+This file knows neither how text becomes tokens nor what a model does with them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+Array = jax.Array | np.ndarray
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, on the host as NumPy arrays or on devices as JAX arrays.
+
+    ``slots`` is the most examples that a row holds and ``completions`` the most
+    completions of an example; what a row does not use has length 0.
+    """
+
+    tokens: Int[Array, "rows length"]
+    labels: Int[Array, "rows length"]  # the token to predict; 0 where not scored
+    position: Int[Array, "rows length"]  # of the token in its own sequence
+    example: Int[Array, "rows length"]  # 1, 2, ... within the row; 0 is padding
+    branch: Int[Array, "rows length"]  # 0 is the prompt; k is the k-th completion
+    completion_length: Int[Array, "rows slots completions"]  # scored tokens, with EOS
+
+    @property
+    def scored(self) -> Bool[Array, "rows length"]:
+        """Positions whose label counts."""
+        return self.branch > 0
+
+    @property
+    def live(self) -> Bool[Array, "rows slots"]:
+        """Slots that hold an example."""
+        return self.completion_length[..., 0] > 0

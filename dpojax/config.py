@@ -1,0 +1,199 @@
+"""Settings of every command: frozen dataclasses, each field with its meaning and unit.
+
+The flags of the command line are made from these. Only `run` and its neighbours read
+them: functions elsewhere take plain arguments.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the weights move."""
+
+    name: Literal["adamw", "rmsprop"] = "adamw"
+    """AdamW as in TRL and published runs since Zephyr; RMSprop is the DPO paper's."""
+    learning_rate: float | None = None
+    """Peak rate. Default: the objective's, 1e-6 for dpo (paper), 2e-5 for sft (TRL)."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What follows the warm-up: linear (TRL) or cosine to 0, or constant (paper)."""
+    warmup_steps: float = 0.1
+    """Steps of linear warm-up; below 1, a share of the run (0.1: Zephyr, Tulu 3)."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm clipped to (TRL: 1; the paper's code: 10); 0: no clipping."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices (TRL: 0)."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.999
+    """AdamW's decay of the mean square."""
+    epsilon: float = 1e-8
+    """Added to the root of the mean square."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices share the work; the product is their number."""
+
+    data: int = -1
+    """Copies of the model, each with its own rows; -1: all devices that are left."""
+    fsdp: int = 1
+    """Devices that share one copy's parameters, each with its own rows."""
+    tensor: int = 1
+    """Devices that share each matrix product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a policy. Without a model and data: the embedded sentiment task."""
+
+    model: str | None = None
+    """Policy to start from: a model directory or a Hugging Face hub name."""
+    data: str | None = None
+    """JSON Lines (.gz too), Parquet or Arrow file, saved directory, or hub name."""
+    output: str | None = None
+    """Run directory, new. Default: runs/ with the loss and the time."""
+    resume: bool = False
+    """Continue the run in `output` from its last checkpoint."""
+
+    loss: str = "dpo"
+    """Objective: dpo or sft."""
+    beta: float | None = None
+    """Strength of the KL constraint, per nat. Default: the objective's, 0.1 for dpo."""
+    label_smoothing: float | None = None
+    """Probability that a label is flipped (cDPO). Default: 0."""
+    reference: str | None = None
+    """Frozen reference model. Default: the policy as it is at step 0."""
+
+    train_split: str = "train"
+    """Split trained on; cut off the data if it has none of that name."""
+    test_split: str = "test"
+    """Split evaluated on, likewise."""
+    test_size: float = 0.05
+    """What is cut off as the test split: a share below 1, else a number of examples."""
+    max_examples: int | None = None
+    """Use this many examples of the data, chosen at random."""
+    max_length: int = 1024
+    """Most tokens of a prompt and one completion, with EOS (TRL: 1024)."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """Longer examples: cut the prompt's beginning, then completions' ends; or drop."""
+
+    batch_size: int = 64
+    """Examples of an optimiser step, over all devices (paper: 64)."""
+    microbatches: int = 1
+    """Parts into which a batch is split to save memory; the result is the same."""
+    epochs: float = 1.0
+    """Times that each example is seen (the paper's code: 1)."""
+    steps: int | None = None
+    """Stop after this many steps of the schedule; it can be resumed."""
+    seed: int = 0
+    """Decides the order of the data and the samples."""
+
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations. Default: bfloat16, on a CPU float32."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of keeping its inside."""
+    chunk_size: int = 64
+    """Positions of each row whose logits exist at one time."""
+
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    evaluate_every: int = 100
+    """Steps between evaluations; there is one before the first step and one at the end."""
+    save_every: int = 100
+    """Steps between checkpoints; there is one at the end."""
+    keep_last: int = 2
+    """Checkpoints kept, besides the one of the lowest evaluation loss."""
+    sample_prompts: int = 5
+    """Held-out prompts that are continued before and after training."""
+    sample_tokens: int = 64
+    """Most tokens of such a sample."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate a policy on held-out preferences."""
+
+    model: str
+    """Policy: a model directory or a hub name."""
+    reference: str
+    """Reference model, likewise."""
+    data: str
+    """Preference data, as for train."""
+    split: str = "test"
+    """Split evaluated on; cut off the data as train does if it has none."""
+    test_size: float = 0.05
+    """As in training, or the cut-off split is another one."""
+    max_examples: int | None = None
+    """As in training, likewise."""
+    max_length: int = 1024
+    """Most tokens of a prompt and one completion, with EOS."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """Longer examples are cut or dropped, as in training."""
+    beta: float = 0.1
+    """Strength of the KL constraint, per nat."""
+    batch_size: int = 16
+    """Examples evaluated at one time."""
+    kl_samples: int = 64
+    """Prompts continued by the policy to estimate KL(policy || reference); 0: none."""
+    sample_tokens: int = 64
+    """Most tokens of such a completion."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations. Default: bfloat16, on a CPU float32."""
+    seed: int = 0
+    """Decides the samples."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Write a new, randomly initialised model directory."""
+
+    output: str
+    """Directory to write; new."""
+    tokenizer: str
+    """Tokenizer: directory, hub name, tokenizer.json, or GPT-2 vocabulary file."""
+    eos_token: str | None = None
+    """End-of-sequence token, if the tokenizer does not name one."""
+    preset: Literal["tiny", "small", "base"] = "small"
+    """Layers x width: tiny 2 x 64, small 4 x 128, base 8 x 512."""
+    max_length: int = 2048
+    """Positions that the model is meant for."""
+    seed: int = 0
+    """Decides the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue prompts."""
+
+    model: str
+    """Model directory or hub name."""
+    prompt: tuple[str, ...]
+    """One or more prompts."""
+    max_new_tokens: int = 128
+    """Most tokens to generate for each."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    seed: int = 0
+    """Decides the samples."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations. Default: bfloat16, on a CPU float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a checkpoint of a run as a Hugging Face model directory."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory."""
+    output: str
+    """Model directory to write; new."""
+    step: int | None = None
+    """Step of the checkpoint. Default: the last."""

@@ -1,0 +1,1 @@
+"""From preference data to batches. Alone imports grain and datasets."""

@@ -1,0 +1,83 @@
+"""Batches as a function of seed and step; Grain prepares them ahead.
+
+An epoch is a permutation of the examples drawn from (seed, epoch); batches follow one
+another through it without a gap, and the last one of the run is filled up with empty
+rows. The number of the step is the whole state of the data: resuming needs nothing
+else. This file knows neither text nor devices.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import grain
+import numpy as np
+
+from dpojax.batch import Batch
+from dpojax.data.packing import Example, as_batch, bucket_length, row_length
+
+
+def count_steps(num_examples: int, batch_size: int, epochs: float) -> int:
+    """Steps in which every example is seen `epochs` times."""
+    return -(-_num_seen(num_examples, epochs) // batch_size)
+
+
+def _num_seen(num_examples: int, epochs: float) -> int:
+    return max(1, round(num_examples * epochs))
+
+
+def training_batches(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    epochs: float,
+    seed: int,
+    start: int,
+    stop: int,
+) -> Iterator[Batch]:
+    """The batches of the steps ``start, ..., stop - 1``, prepared in the background."""
+    num_seen = _num_seen(len(examples), epochs)
+
+    def at(step: int) -> Batch:
+        places = range(step * batch_size, min((step + 1) * batch_size, num_seen))
+        chosen = [_example_at(place, len(examples), seed) for place in places]
+        return _one_per_row([examples[index] for index in chosen], batch_size)
+
+    steps = grain.MapDataset.range(start, stop).map(at)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4)))
+
+
+def evaluation_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
+    """Every example once, in order of length: sums do not depend on order."""
+    ordered = sorted(examples, key=row_length)
+    for start in range(0, len(ordered), batch_size):
+        yield _one_per_row(ordered[start : start + batch_size], batch_size)
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A hash of every token id and boundary."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for tokens in (example.prompt, *example.completions):
+            digest.update(np.int64(len(tokens)).tobytes() + tokens.tobytes())
+    return digest.hexdigest()
+
+
+def _example_at(place: int, num_examples: int, seed: int) -> int:
+    epoch, offset = divmod(place, num_examples)
+    return int(_permutation(num_examples, seed, epoch)[offset])
+
+
+@lru_cache(maxsize=2)  # a batch may span the end of one epoch and the next
+def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+
+
+def _one_per_row(examples: Sequence[Example], batch_size: int) -> Batch:
+    rows = [[example] for example in examples]
+    rows += [[] for _ in range(batch_size - len(examples))]
+    return as_batch(
+        rows,
+        length=bucket_length(max(map(row_length, examples))),
+        num_completions=len(examples[0].completions),
+    )

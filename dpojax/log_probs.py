@@ -1,0 +1,155 @@
+"""From hidden states and the output matrix to log-probabilities, in chunks.
+
+Logits of all positions at once would be the largest array of a step by far, so they
+exist only for a chunk of positions at a time, and only where a label is scored:
+within each row the scored positions are moved to the front, and chunks that hold none
+are skipped. The backward pass computes a chunk's logits again instead of keeping them.
+
+Whatever the model computes in, log-softmax and sums are float32: near a sum of 300
+nats a bfloat16 step is 2 nats. This file knows no loss and no model.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dpojax.batch import Batch
+
+Hidden = Float[Array, "rows length width"]
+Output = Float[Array, "vocabulary width"]
+
+
+def completion_log_probs(
+    hidden: Hidden, output: Output, batch: Batch, *, chunk_size: int = 64
+) -> Float[Array, "rows slots completions"]:
+    """Log-probability of each completion: the sum over its tokens, in nats.
+
+    Args:
+      hidden: final hidden states ``[rows, length, width]``.
+      output: the output matrix ``[vocabulary, width]``.
+      batch: the rows that the hidden states belong to.
+      chunk_size: positions of each row whose logits exist at one time.
+
+    Returns:
+      ``[rows, slots, completions]`` float32; 0 where a slot or completion is empty.
+    """
+
+    def label_log_probs(hidden: Array, labels: Array) -> Array:
+        logits = _logits(hidden, output)
+        # A sum over a comparison instead of a gather: its gradient fuses with the
+        # softmax's, and a vocabulary that is sharded needs no gather of logits.
+        is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+        label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+        return label_logit - jax.nn.logsumexp(logits, axis=-1)
+
+    arrays = (hidden, jnp.asarray(batch.labels))
+    per_token = _map_scored(label_log_probs, batch, chunk_size, arrays)
+    return sum_completions(per_token, batch)
+
+
+def completion_kl(
+    policy: tuple[Hidden, Output],
+    reference: tuple[Hidden, Output],
+    batch: Batch,
+    *,
+    chunk_size: int = 64,
+) -> Float[Array, "rows slots completions"]:
+    """KL(policy || reference) along each completion, over the whole vocabulary.
+
+    ``sum_t sum_v p(v) (log p(v) - log q(v))``. On completions sampled from the policy
+    its mean is an unbiased estimate of the sequence-level KL, with less variance than
+    the log-ratio of the sampled tokens; it is never negative and 0 for equal models.
+
+    Args:
+      policy: hidden states and output matrix of the policy.
+      reference: the same of the reference.
+      batch: the rows that both belong to.
+      chunk_size: positions of each row whose logits exist at one time.
+
+    Returns:
+      ``[rows, slots, completions]`` float32, nats.
+    """
+
+    def token_kl(policy_hidden: Array, reference_hidden: Array) -> Array:
+        log_p = jax.nn.log_softmax(_logits(policy_hidden, policy[1]))
+        log_q = jax.nn.log_softmax(_logits(reference_hidden, reference[1]))
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+    per_token = _map_scored(token_kl, batch, chunk_size, (policy[0], reference[0]))
+    return sum_completions(per_token, batch)
+
+
+def sum_completions(
+    per_token: Float[Array, "rows length"], batch: Batch
+) -> Float[Array, "rows slots completions"]:
+    """Sums scored positions into their completions, each row for itself."""
+    num_slots, num_completions = batch.completion_length.shape[1:]
+    example = jnp.arange(1, num_slots + 1)[:, None]
+    branch = jnp.arange(1, num_completions + 1)
+    # Not a product with a one-hot matrix: accelerators would round it to bfloat16.
+    belongs = (jnp.asarray(batch.example)[..., None, None] == example) & (
+        jnp.asarray(batch.branch)[..., None, None] == branch
+    )
+    return jnp.sum(jnp.where(belongs, per_token[..., None, None], 0.0), axis=1)
+
+
+def _logits(
+    hidden: Float[Array, "*positions width"], output: Output
+) -> Float[Array, "*positions vocabulary"]:
+    """Logits in float32; a float32 model gets a true float32 product on every chip."""
+    exact = hidden.dtype == jnp.float32
+    return jnp.einsum(
+        "...w,vw->...v",
+        hidden,
+        output.astype(hidden.dtype),
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _map_scored(
+    function: Callable[..., Array],
+    batch: Batch,
+    chunk_size: int,
+    arrays: tuple[Array, ...],
+) -> Float[Array, "rows length"]:
+    """Applies a function of positions to the scored ones, chunk by chunk.
+
+    `function` maps arrays ``[rows, chunk, ...]`` to ``[rows, chunk]``. Positions that
+    are not scored give 0.
+    """
+    scored = jnp.asarray(batch.scored)
+    num_rows, length = scored.shape
+    chunk = min(chunk_size, length)
+    num_chunks = -(-length // chunk)
+    order: Int[Array, "rows length"] = jnp.argsort(~scored, axis=1, stable=True)
+
+    def as_chunks(array: Array) -> Array:
+        trailing = (1,) * (array.ndim - 2)
+        array = jnp.take_along_axis(array, order.reshape(order.shape + trailing), 1)
+        padding = [(0, 0), (0, num_chunks * chunk - length), *((0, 0) for _ in trailing)]
+        array = jnp.pad(array, padding)
+        array = array.reshape(num_rows, num_chunks, chunk, *array.shape[2:])
+        return jnp.moveaxis(array, 1, 0)
+
+    most_scored = jnp.max(jnp.sum(scored, axis=1))
+
+    def body(_: None, start_and_chunk: tuple) -> tuple[None, Array]:
+        start, chunk_arrays = start_and_chunk
+        values = jax.lax.cond(
+            start < most_scored,
+            jax.checkpoint(function),
+            lambda *_: jnp.zeros((num_rows, chunk), jnp.float32),
+            *chunk_arrays,
+        )
+        return None, values
+
+    starts = jnp.arange(num_chunks) * chunk
+    chunks = tuple(as_chunks(array) for array in arrays)
+    _, values = jax.lax.scan(body, None, (starts, chunks))
+    values = jnp.moveaxis(values, 0, 1).reshape(num_rows, -1)[:, :length]
+    # argsort of a permutation is its inverse: back to the order of the row.
+    values = jnp.take_along_axis(values, jnp.argsort(order, axis=1), axis=1)
+    return jnp.where(scored, values, 0.0)

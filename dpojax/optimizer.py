@@ -1,0 +1,83 @@
+"""The Optax chain: clipping, AdamW or RMSprop, and the schedule. Knows no model."""
+
+import re
+from typing import Any, Literal
+
+import jax
+import optax
+
+Name = Literal["adamw", "rmsprop"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def make_schedule(
+    schedule: Schedule, *, learning_rate: float, num_steps: int, warmup_steps: int
+) -> optax.Schedule:
+    """Learning rate at each step.
+
+    Linear from 0 at step 0 to `learning_rate` at step `warmup_steps`, then constant, or
+    to 0 at `num_steps` on a line or half a cosine: Hugging Face's schedules, step for
+    step.
+
+    Raises:
+      ValueError: if the warm-up is longer than the run.
+    """
+    if warmup_steps > num_steps:
+        raise ValueError(
+            f"The warm-up of {warmup_steps} steps is longer than the run of {num_steps}; "
+            "shorten it or train longer."
+        )
+    decay_steps = max(1, num_steps - warmup_steps)
+    after = {
+        "constant": optax.constant_schedule(learning_rate),
+        "linear": optax.linear_schedule(learning_rate, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(learning_rate, decay_steps),
+    }[schedule]
+    before = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([before, after], [warmup_steps])
+
+
+def make_optimizer(
+    name: Name,
+    schedule: optax.Schedule,
+    *,
+    max_grad_norm: float = 1.0,
+    weight_decay: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Clips by the global norm, then AdamW or RMSprop.
+
+    Args:
+      name: ``"adamw"``, or ``"rmsprop"`` as in the DPO paper's code, which is torch's:
+        decay 0.99, epsilon added outside the square root.
+      schedule: learning rate by step.
+      max_grad_norm: the norm clipped to; 0 does not clip.
+      weight_decay: decoupled; on matrices only, not on norms and biases.
+      beta1: AdamW's decay of the mean.
+      beta2: AdamW's decay of the mean square.
+      epsilon: added to the root of the mean square.
+
+    Raises:
+      ValueError: if RMSprop is given a weight decay, which it does not have.
+    """
+    if name == "rmsprop":
+        if weight_decay:
+            raise ValueError("RMSprop has no weight decay here; set it to 0 or use adamw.")
+        rule = optax.rmsprop(schedule, decay=0.99, eps=epsilon, eps_in_sqrt=False)
+    else:
+        rule = optax.adamw(
+            schedule, beta1, beta2, epsilon, weight_decay=weight_decay, mask=_is_matrix
+        )
+    if max_grad_norm == 0:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)
+
+
+def _is_matrix(params: Any) -> Any:
+    def decays(path: tuple, _: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return re.search(r"(scale|bias)$", name) is None
+
+    return jax.tree.map_with_path(decays, params)

@@ -1,0 +1,90 @@
+"""The mesh, and regular expressions over parameter paths to shardings.
+
+Sharding is a property of the run, not of the model: this file knows paths and shapes
+only, and the same rules cover parameters, the reference and the optimiser's state,
+whose paths end in those of the parameters.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch, and of activations
+
+# First match wins; a dimension that its axes do not divide stays whole.
+RULES = (
+    (r"embedding$", PartitionSpec("tensor", "fsdp")),
+    (r"(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"(output|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(query|key|value)/bias$", PartitionSpec(None, "tensor")),
+    (r"", PartitionSpec()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices.
+
+    Args:
+      data: copies of the model that see different rows.
+      fsdp: devices that share one copy's parameters and see different rows.
+      tensor: devices that share each matrix product.
+      One of them may be -1: what is left of the devices.
+
+    Raises:
+      ValueError: if the product is not the number of devices.
+    """
+    sizes, num_devices = [data, fsdp, tensor], jax.device_count()
+    if sizes.count(-1) == 1:
+        known = -data * fsdp * tensor
+        sizes[sizes.index(-1)] = max(1, num_devices // known)
+    product = sizes[0] * sizes[1] * sizes[2]
+    if min(sizes) < 1 or product != num_devices:
+        raise ValueError(
+            f"The mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit "
+            f"{num_devices} devices; their product must be that number."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def as_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A sharding for every array of a tree, by its path and shape."""
+
+    def choose(path: tuple, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next(spec for rule, spec in RULES if re.search(rule, name))
+        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
+
+    return jax.tree.map_with_path(choose, tree)
+
+
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    if len(shape) < len(spec):  # an optimiser's statistic of fewer dimensions
+        return PartitionSpec()
+    axes = [
+        axis if axis is None or size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec, shape, strict=False)
+    ]
+    return PartitionSpec(*axes)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over every device that holds or shares a copy of the model."""
+    return NamedSharding(mesh, ROWS)
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """How many ways the rows of a batch are divided."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def make_constrain(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Pins hidden states to the sharding of their rows.
+
+    Pinned once, in the layer scan, the compiler does not move them between layers.
+    """
+    sharding = rows_sharding(mesh)
+    return lambda hidden: jax.lax.with_sharding_constraint(hidden, sharding)
