@@ -55,7 +55,11 @@ class Checkpoints:
         self._manager.save(step, args=items, metrics={"loss": loss})
 
     def restore(self, step: int, like: Any) -> Any:
-        """Reads a state onto the shardings of `like`, a pytree of abstract arrays.
+        """Reads a state, or what of it is in `like`, onto the shardings of `like`.
+
+        Args:
+          step: one of `steps`.
+          like: a pytree of abstract arrays with shardings.
 
         Raises:
           ValueError: if there is no such step, or its arrays are not those of `like`.
@@ -72,8 +76,16 @@ class Checkpoints:
                 f"The checkpoint of step {step} in {self._directory} is of another "
                 f"model or optimiser: {difference}."
             )
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return self._manager.restore(step, args=items)["state"]
+        path = self._manager.directory / str(step) / "state"
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    like,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+                    partial_restore=True,
+                ),
+            )
 
     def note(self, step: int) -> Note:
         """The note that was saved with a step."""
@@ -102,7 +114,9 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _first_difference(
     saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
 ) -> str:
-    for name in sorted(saved.keys() | wanted.keys()):
+    parts = {name.split("/")[0] for name in wanted}
+    names = {name for name in saved if name.split("/")[0] in parts} | wanted.keys()
+    for name in sorted(names):
         if saved.get(name) != wanted.get(name):
             return (
                 f"{name} is {saved.get(name, 'absent')} there "

@@ -85,10 +85,12 @@ class TrainConfig:
     """Examples of an optimiser step, over all devices (paper: 64)."""
     microbatches: int = 1
     """Parts into which a batch is split to save memory; the result is the same."""
-    epochs: float = 1.0
-    """Times that each example is seen (the paper's code: 1)."""
+    epochs: float | None = None
+    """Times that each example is seen. Default: 1 (the paper's code), unless `steps`."""
     steps: int | None = None
-    """Stop after this many steps of the schedule; it can be resumed."""
+    """Length of the run in optimiser steps, instead of `epochs`."""
+    stop_after: int | None = None
+    """End after this step without changing the schedule, to be resumed later."""
     seed: int = 0
     """Decides the order of the data and the samples."""
 

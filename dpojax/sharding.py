@@ -76,6 +76,12 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
+def make_place(mesh: Mesh) -> Callable[[Any], Any]:
+    """A function that puts host arrays, rows first, onto the devices."""
+    sharding = rows_sharding(mesh)
+    return lambda tree: jax.device_put(tree, sharding)
+
+
 def num_row_shards(mesh: Mesh) -> int:
     """How many ways the rows of a batch are divided."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dpojax import metrics
 from dpojax.batch import Batch
-from dpojax.log_probs import completion_log_probs
+from dpojax.log_probs import completion_kl, completion_log_probs
 from dpojax.losses.scores import Scores
 from dpojax.losses.table import Objective
 from dpojax.metrics import Sums
@@ -113,6 +113,21 @@ def make_eval_step(
     """Builds ``eval_step(params, reference, batch) -> sums``, jitted."""
     score_and_sum = _make_score_and_sum(apply, objective, chunk_size)
     return jax.jit(lambda *arguments: score_and_sum(*arguments)[1])
+
+
+def make_kl_step(apply: Apply, *, chunk_size: int = 64) -> EvalStep:
+    """Builds ``kl_step(params, reference, batch) -> sums``, jitted.
+
+    On completions sampled from the policy, the mean of ``kl`` estimates the
+    sequence-level KL(policy || reference), in nats.
+    """
+
+    def kl_step(params: Params, reference: Params | None, batch: Batch) -> Sums:
+        policy, frozen = apply(params, batch), apply(reference, batch)
+        kl = completion_kl(policy, frozen, batch, chunk_size=chunk_size)
+        return {"kl": metrics.moments(kl[..., 0], jnp.asarray(batch.live))}
+
+    return jax.jit(kl_step)
 
 
 def _make_score_and_sum(

@@ -17,26 +17,25 @@ from dpojax.batch import Batch
 from dpojax.data.packing import Example, as_batch, bucket_length, row_length
 
 
-def count_steps(num_examples: int, batch_size: int, epochs: float) -> int:
-    """Steps in which every example is seen `epochs` times."""
-    return -(-_num_seen(num_examples, epochs) // batch_size)
-
-
-def _num_seen(num_examples: int, epochs: float) -> int:
-    return max(1, round(num_examples * epochs))
-
-
 def training_batches(
     examples: Sequence[Example],
     *,
     batch_size: int,
-    epochs: float,
+    num_seen: int,
     seed: int,
     start: int,
     stop: int,
 ) -> Iterator[Batch]:
-    """The batches of the steps ``start, ..., stop - 1``, prepared in the background."""
-    num_seen = _num_seen(len(examples), epochs)
+    """The batches of the steps ``start, ..., stop - 1``, prepared in the background.
+
+    Args:
+      examples: the whole data set.
+      batch_size: rows of a batch, one example each.
+      num_seen: examples that the whole run sees; the rest of its last batch is empty.
+      seed: decides the order of every epoch.
+      start: first step.
+      stop: one past the last step.
+    """
 
     def at(step: int) -> Batch:
         places = range(step * batch_size, min((step + 1) * batch_size, num_seen))

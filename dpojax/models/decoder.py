@@ -148,7 +148,9 @@ class Decoder(nnx.Module):
         """Hidden states of each row, and the output matrix ``[vocabulary, width]``."""
         example, branch = jnp.asarray(batch.example), jnp.asarray(batch.branch)
 
-        def attend(query: Array, key: Array, value: Array, cache: None) -> tuple:
+        def attend(
+            query: Array, key: Array, value: Array, cache: None, layer: Array
+        ) -> tuple[Array, None]:
             return attention(query, key, value, example, branch), cache
 
         hidden, _ = self._blocks(batch.tokens, batch.position, attend, None)
@@ -164,13 +166,20 @@ class Decoder(nnx.Module):
     ) -> tuple[Hidden, Array, Cache]:
         """Hidden states of new tokens, which enter the cache at `offset`."""
 
-        def attend(query: Array, key: Array, value: Array, cache: Cache) -> tuple:
-            write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-            keys = write(cache.key, key, offset)
-            values = write(cache.value, value, offset)
-            prompt = jnp.zeros_like(example)  # one sequence a row, no branches
-            attended = attention(query, keys, values, example, prompt, offset)
-            return attended, Cache(keys, values)
+        prompt = jnp.zeros_like(example)  # one sequence a row, no branches
+
+        def attend(
+            query: Array, key: Array, value: Array, cache: Cache, layer: Array
+        ) -> tuple[Array, Cache]:
+            # All layers' caches are carried and written in place: as inputs and outputs
+            # of the scan they would be copied whole for every token.
+            place = (layer, 0, offset, 0, 0)
+            cache = Cache(
+                jax.lax.dynamic_update_slice(cache.key, key[None], place),
+                jax.lax.dynamic_update_slice(cache.value, value[None], place),
+            )
+            keys, values = cache.key[layer], cache.value[layer]
+            return attention(query, keys, values, example, prompt, offset), cache
 
         hidden, cache = self._blocks(tokens, position, attend, cache)
         return hidden, self._output_matrix(), cache
@@ -186,14 +195,18 @@ class Decoder(nnx.Module):
         hidden = constrain(self.embedding.embedding[...][tokens].astype(dtype))
         rotate = make_rotation(self.config, position)
 
-        def body(hidden: Array, layer: tuple[Block, Any]) -> tuple[Array, Any]:
-            block, entry = layer
-            hidden, entry = block(hidden, rotate, attend, entry)
-            return constrain(hidden), entry
+        def body(carry: tuple, block_and_layer: tuple) -> tuple[tuple, None]:
+            (hidden, cache), (block, layer) = carry, block_and_layer
+            hidden, cache = block(hidden, rotate, partial(attend, layer=layer), cache)
+            return (constrain(hidden), cache), None
 
         if self.options.remat:
             body = jax.checkpoint(body)
-        hidden, cache = jax.lax.scan(body, hidden, (self.blocks, cache))
+        # Accelerators would otherwise multiply float32 in fewer bits.
+        with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
+            layers = jnp.arange(self.config.num_layers)
+            carry, _ = jax.lax.scan(body, (hidden, cache), (self.blocks, layers))
+        hidden, cache = carry
         return self.norm(hidden), cache
 
 

@@ -1,0 +1,5 @@
+"""`python -m dpojax`."""
+
+from dpojax.cli import main
+
+main()

@@ -1,0 +1,84 @@
+"""The `dpojax` command: parsing and calls, nothing else."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dpojax.config import (
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    InitConfig,
+    TrainConfig,
+)
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; exits with 2 for what the user can mend, with one sentence."""
+    try:
+        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except (ValueError, FloatingPointError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"dpojax: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    train = TrainConfig()
+    if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].endswith(".py"):
+        train = _load_experiment(Path(arguments.pop(1)))
+    commands = (
+        Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
+        | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[InitConfig, tyro.conf.subcommand("init")]
+        | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
+        | Annotated[ExportConfig, tyro.conf.subcommand("export")]
+    )
+    config = tyro.cli(commands, prog="dpojax", description=__doc__, args=arguments)
+    # Imported here so that --help and a misspelt flag answer at once.
+    from dpojax import commands as command
+    from dpojax.run import run
+    from dpojax.sentiment import run_sentiment
+
+    match config:
+        case TrainConfig(model=None, data=None):
+            run_sentiment(config)
+        case TrainConfig():
+            run(config)
+        case EvalConfig():
+            command.evaluate_policy(config)
+        case InitConfig():
+            command.init(config)
+        case GenerateConfig():
+            command.generate(config)
+        case ExportConfig():
+            command.export(config)
+
+
+def _load_experiment(path: Path) -> TrainConfig:
+    """The configuration that a Python file's ``config()`` returns."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"There is no experiment file {path}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if "config" not in vars(module):
+        raise ValueError(f"{path} has no function config() that returns a TrainConfig.")
+    return module.config()
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether dpojax itself raised it: then its sentence is meant for the user."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_code.co_filename.startswith(
+        _PACKAGE
+    )

@@ -1,0 +1,165 @@
+"""The commands besides train: init, eval, generate, export. Each reads its settings."""
+
+from pathlib import Path
+from typing import TypedDict
+
+import jax
+
+from dpojax.checkpoint import Checkpoints
+from dpojax.config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
+from dpojax.data.records import read_records
+from dpojax.data.tokenize import encode_prompt, load_tokenizer, tokenize_records
+from dpojax.evaluation import Place, evaluate, make_sampler, sampled_kl
+from dpojax.loading import load_model, load_reference, new_directory
+from dpojax.losses.table import make_loss
+from dpojax.models.decoder import DecoderConfig, make_model
+from dpojax.models.families import as_decoder_config, as_settings
+from dpojax.models.huggingface import read_settings, write_model
+from dpojax.progress import say, show_table
+from dpojax.sharding import as_shardings, make_mesh, make_place, num_row_shards
+from dpojax.train_step import make_eval_step
+
+# Layers, width, heads, MLP width.
+_PRESETS = {
+    "tiny": (2, 64, 2, 256),
+    "small": (4, 128, 4, 512),
+    "base": (8, 512, 8, 2048),
+}
+
+
+class _Batching(TypedDict):
+    batch_size: int
+    place: Place
+
+
+def init(config: InitConfig) -> Path:
+    """Writes a Llama with random weights and the given tokenizer.
+
+    The vocabulary is rounded up to a multiple of 128, which meshes divide; the rows
+    that no token uses are never scored as labels.
+    """
+    directory = new_directory(config.output)
+    tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
+    layers, width, heads, mlp_width = _PRESETS[config.preset]
+    shape = DecoderConfig(
+        vocabulary_size=-(-len(tokenizer) // 128) * 128,
+        width=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_key_heads=heads,
+        head_dimension=width // heads,
+        mlp_width=mlp_width,
+        tied_output=True,
+        max_length=config.max_length,
+    )
+    params = jax.jit(make_model(shape).init)(jax.random.key(config.seed))
+    tokens = {
+        name: value
+        for name, value in (
+            ("bos_token_id", tokenizer.bos_token_id),
+            ("eos_token_id", tokenizer.eos_token_id),
+            ("pad_token_id", tokenizer.pad_token_id),
+        )
+        if value is not None
+    }
+    settings = as_settings(shape) | tokens
+    write_model(directory, params, settings, tokenizer.save_pretrained)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    say(f"{directory}: {count:,} parameters, vocabulary {shape.vocabulary_size:,}")
+    return directory
+
+
+def evaluate_policy(config: EvalConfig) -> dict[str, float]:
+    """Loss, accuracy, margins and KL of a policy, each with its standard error."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if config.batch_size % num_row_shards(mesh):
+        raise ValueError(
+            f"batch_size is {config.batch_size}; it must be a multiple of the "
+            f"{num_row_shards(mesh)} row shards."
+        )
+    objective = make_loss("dpo", beta=config.beta)
+    loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
+    reference = load_reference(config.reference, loaded, mesh)
+    records = read_records(
+        config.data,
+        split=config.split,
+        num_completions=2,
+        test_size=config.test_size,
+        max_examples=config.max_examples,
+    )
+    examples, _ = tokenize_records(
+        records,
+        loaded.tokenizer,
+        max_length=config.max_length,
+        too_long=config.too_long,
+    )
+    how: _Batching = {"batch_size": config.batch_size, "place": make_place(mesh)}
+    step = make_eval_step(loaded.model.apply, objective)
+    values = evaluate(step, loaded.params, reference, examples, **how)
+    if config.kl_samples:
+        prompts = [example.prompt.tolist() for example in examples[: config.kl_samples]]
+        sampler = make_sampler(loaded, num_new=config.sample_tokens, **how)
+        completions = sampler(loaded.params, prompts, config.seed)
+        values |= sampled_kl(
+            loaded, loaded.params, reference, prompts, completions, **how
+        )
+    title = f"{config.model} on {len(examples):,} pairs of {config.data}"
+    rows = [
+        (name, f"{value:.4f}", f"{values[name + '_se']:.4f}")
+        for name, value in values.items()
+        if name + "_se" in values
+    ]
+    show_table(title, ("", "mean", "standard error"), rows)
+    return values
+
+
+def generate(config: GenerateConfig) -> list[str]:
+    """Continues each prompt and prints what comes."""
+    mesh = make_mesh()
+    loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
+    shards = num_row_shards(mesh)
+    num_rows = -(-len(config.prompt) // shards) * shards
+    sampler = make_sampler(
+        loaded,
+        num_new=config.max_new_tokens,
+        batch_size=num_rows,
+        place=make_place(mesh),
+        temperature=config.temperature,
+    )
+    prompts = [encode_prompt(prompt, loaded.tokenizer) for prompt in config.prompt]
+    completions = sampler(loaded.params, prompts, config.seed)
+    decode = loaded.tokenizer.decode
+    texts = [str(decode(row, skip_special_tokens=True)) for row in completions]
+    for prompt, text in zip(config.prompt, texts, strict=True):
+        say(prompt + text)
+    return texts
+
+
+def export(config: ExportConfig) -> Path:
+    """Writes a checkpoint's weights as a model directory.
+
+    Only the weights are read; the optimiser's state stays where it is.
+    """
+    output = new_directory(config.output)
+    frame = Path(config.run) / "model"
+    if not frame.is_dir():
+        raise ValueError(f"{config.run} is not the directory of a run of dpojax train.")
+    settings = read_settings(frame)
+    model = make_model(as_decoder_config(settings))
+    shardings = as_shardings(model.params, make_mesh())
+    like = jax.tree.map(_with_sharding, model.params, shardings)
+    checkpoints = Checkpoints(frame.parent / "checkpoints")
+    if config.step is None and not checkpoints.steps:
+        raise ValueError(f"{config.run} has no checkpoint yet.")
+    step = checkpoints.steps[-1] if config.step is None else config.step
+    params = checkpoints.restore(step, {"params": like})["params"]
+    checkpoints.close()
+    write_model(output, params, settings, load_tokenizer(frame).save_pretrained)
+    say(f"Step {step} of {config.run} is in {output}.")
+    return output
+
+
+def _with_sharding(
+    leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,114 @@
+"""Held-out metrics, samples, and the KL of samples. Knows no files and no training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpojax import metrics
+from dpojax.data.loader import evaluation_batches
+from dpojax.data.packing import Example, bucket_length
+from dpojax.generate import make_generate, pad_left, trim
+from dpojax.loading import Loaded
+from dpojax.progress import track
+from dpojax.train_step import EvalStep, Params, make_kl_step
+
+Place = Callable[[Any], Any]  # puts host arrays, rows first, onto the devices
+# (params, prompts, seed) -> one completion of each prompt, ended by EOS if by the model
+Sampler = Callable[[Params, Sequence[Sequence[int]], int], list[list[int]]]
+
+
+def evaluate(
+    step: EvalStep,
+    params: Params,
+    reference: Params | None,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    place: Place,
+) -> dict[str, float]:
+    """The metrics of all examples, each mean with its standard error as ``_se``."""
+    total: metrics.Sums | None = None
+    with track("Evaluating", total=-(-len(examples) // batch_size)) as advance:
+        for batch in evaluation_batches(examples, batch_size):
+            sums = step(params, reference, place(batch))
+            total = sums if total is None else metrics.add(total, sums)
+            advance("")
+    assert total is not None
+    return metrics.summarize(total)
+
+
+def make_sampler(
+    loaded: Loaded,
+    *,
+    num_new: int,
+    batch_size: int,
+    place: Place,
+    temperature: float = 1.0,
+) -> Sampler:
+    """Builds a function that continues any number of prompts, compiled once a length.
+
+    Args:
+      loaded: the model and its tokenizer; the parameters are given at each call.
+      num_new: most tokens of a completion.
+      batch_size: prompts continued at one time.
+      place: puts a batch onto the devices.
+      temperature: divides the logits; 0 takes the most likely token.
+    """
+    eos_token = loaded.tokenizer.eos_token_id
+    generate = make_generate(
+        loaded.model.extend,
+        loaded.model.empty_cache,
+        eos_token=eos_token,
+        num_new=num_new,
+        temperature=temperature,
+    )
+
+    def sample(
+        params: Params, prompts: Sequence[Sequence[int]], seed: int
+    ) -> list[list[int]]:
+        length = bucket_length(max(map(len, prompts)))
+        completions: list[list[int]] = []
+        with track("Sampling", total=-(-len(prompts) // batch_size)) as advance:
+            for start in range(0, len(prompts), batch_size):
+                some = prompts[start : start + batch_size]
+                arrays = place(pad_left(some, length, batch_size))
+                key = jax.random.fold_in(jax.random.key(seed), start)
+                rows = jax.device_get(generate(params, *arrays, key))[: len(some)]
+                completions += [trim(row, eos_token) for row in rows]
+                advance("")
+        return completions
+
+    return sample
+
+
+def sampled_kl(
+    loaded: Loaded,
+    params: Params,
+    reference: Params,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    place: Place,
+) -> dict[str, float]:
+    """``kl``: KL(policy || reference) along the policy's own samples, nats a sequence.
+
+    Args:
+      loaded: the model.
+      params: the policy that sampled the completions.
+      reference: the reference.
+      prompts: token ids of the prompts.
+      completions: token ids sampled for each.
+      batch_size: completions scored at one time.
+      place: puts a batch onto the devices.
+    """
+    examples = [
+        Example(np.asarray(prompt, np.int32), (np.asarray(completion, np.int32),))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    step = make_kl_step(loaded.model.apply)
+    return evaluate(
+        step, params, reference, examples, batch_size=batch_size, place=place
+    )

@@ -1,0 +1,64 @@
+"""What a person sees while waiting: live bars on a terminal, calm lines elsewhere."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+CONSOLE = Console(highlight=False)
+Advance = Callable[[str], None]
+
+
+@contextmanager
+def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """A progress bar; each call of what it yields is one unit, with figures to show."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    bars = Progress(
+        *columns, console=CONSOLE, disable=not CONSOLE.is_terminal, transient=True
+    )
+    with bars:
+        task = bars.add_task(description, total=total, completed=done, figures="")
+        yield lambda figures: bars.update(task, advance=1, figures=figures)
+
+
+def say(text: str) -> None:
+    """A line, its brackets meant literally."""
+    CONSOLE.print(escape(text), soft_wrap=True)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column names its rows."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    CONSOLE.print(table)
+
+
+def show_completions(
+    prompts: Sequence[str], completions: Mapping[str, Sequence[str]]
+) -> None:
+    """Prompts, each with its completions under their names."""
+    for number, prompt in enumerate(prompts):
+        CONSOLE.print(f"\n[bold]{escape(prompt)}[/bold]", soft_wrap=True)
+        for name, texts in completions.items():
+            text = escape(texts[number])
+            CONSOLE.print(f"  [dim]{name}:[/dim] {text}", soft_wrap=True)

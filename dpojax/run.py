@@ -1,0 +1,414 @@
+"""The loop: one run from its configuration to a model directory, chapter by chapter."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpojax import __version__, metrics
+from dpojax.checkpoint import Checkpoints, Note
+from dpojax.config import TrainConfig
+from dpojax.data.loader import fingerprint, training_batches
+from dpojax.data.packing import Example
+from dpojax.data.records import read_records
+from dpojax.data.tokenize import Tokenizer, tokenize_records
+from dpojax.evaluation import evaluate, make_sampler
+from dpojax.loading import Loaded, load_model, load_reference, new_directory
+from dpojax.losses.table import Objective, make_loss
+from dpojax.models.huggingface import write_model, write_settings
+from dpojax.optimizer import make_optimizer, make_schedule
+from dpojax.progress import say, track
+from dpojax.reference import copy_params
+from dpojax.sharding import (
+    as_shardings,
+    make_mesh,
+    make_place,
+    num_row_shards,
+    rows_sharding,
+)
+from dpojax.train_step import TrainState, make_eval_step, make_train_step
+
+
+class Result(NamedTuple):
+    """What a run leaves besides its directory."""
+
+    directory: Path
+    step: int
+    first_evaluation: dict[str, float]  # empty for a resumed run
+    last_evaluation: dict[str, float]
+    tokens_per_second: float  # median over the log's intervals; padding not counted
+
+
+def run(config: TrainConfig) -> Result:
+    """Trains a policy.
+
+    Args:
+      config: what to do; `model` and `data` are given.
+
+    Returns:
+      Where the run is and what it measured.
+
+    Raises:
+      ValueError: for settings that cannot work, before anything is loaded; for models
+        and data that cannot be read, before anything is compiled.
+      FloatingPointError: naming the step whose loss or gradient was not finite.
+    """
+    # -- Settings that cannot work ----------------------------------------------------
+    objective = _make_objective(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _check(config, num_row_shards(mesh))
+    directory = _open_directory(config)
+
+    # -- Model, data and reference ----------------------------------------------------
+    assert config.model is not None and config.data is not None
+    loaded = load_model(
+        config.model, mesh, compute_dtype=config.compute_dtype, remat=config.remat
+    )
+    _write_frame(directory / "model", loaded)
+    train = _read_examples(config, objective, loaded.tokenizer, config.train_split)
+    test = _read_examples(config, objective, loaded.tokenizer, config.test_split)
+    reference = None
+    if objective.needs_reference and config.reference is not None:
+        reference = load_reference(config.reference, loaded, mesh)
+    elif objective.needs_reference:
+        reference = copy_params(loaded.params)
+
+    # -- Schedule, optimiser and state ------------------------------------------------
+    num_seen = round(len(train) * (1 if config.epochs is None else config.epochs))
+    if config.steps is not None:
+        num_seen = config.steps * config.batch_size
+    num_steps = max(1, math.ceil(num_seen / config.batch_size))
+    stop = min(num_steps, config.stop_after or num_steps)
+    schedule = _make_schedule(config, objective, num_steps)
+    optimizer = make_optimizer(
+        config.optimizer.name,
+        schedule,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        weight_decay=config.optimizer.weight_decay,
+        beta1=config.optimizer.beta1,
+        beta2=config.optimizer.beta2,
+        epsilon=config.optimizer.epsilon,
+    )
+    opt_shapes = jax.eval_shape(optimizer.init, loaded.params)
+    opt_shardings = as_shardings(opt_shapes, mesh)
+    step_zero = np.zeros((), np.int32)
+    state = TrainState(
+        jax.device_put(step_zero, as_shardings(step_zero, mesh)),
+        loaded.params,
+        jax.jit(optimizer.init, out_shardings=opt_shardings)(loaded.params),
+    )
+    shardings = jax.tree.map(lambda array: array.sharding, state)
+
+    # -- Resume: the state first, then what depends on its step -----------------------
+    checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
+    note = _note(config, train, num_seen)
+    step = checkpoints.steps[-1] if config.resume and checkpoints.steps else 0
+    if step:
+        _check_note(checkpoints.note(step), note, directory)
+        like = jax.tree.map(_abstract, state)
+        state = checkpoints.restore(step, like)
+        say(f"Resuming {directory} at step {step}.")
+    log = metrics.MetricsFile(directory / "metrics.jsonl", resume_from=step)
+
+    # -- The compiled functions -------------------------------------------------------
+    train_step = make_train_step(
+        loaded.model.apply,
+        objective,
+        optimizer,
+        num_microbatches=config.microbatches,
+        chunk_size=config.chunk_size,
+        state_shardings=shardings,
+        rows_sharding=rows_sharding(mesh),
+    )
+    eval_step = make_eval_step(
+        loaded.model.apply, objective, chunk_size=config.chunk_size
+    )
+
+    place = make_place(mesh)
+    sampler = make_sampler(
+        loaded,
+        num_new=config.sample_tokens,
+        batch_size=config.batch_size,
+        place=place,
+    )
+    prompts = [example.prompt.tolist() for example in test[: config.sample_prompts]]
+
+    def evaluated(step: int) -> dict[str, float]:
+        values = evaluate(
+            eval_step,
+            state.params,
+            reference,
+            test,
+            batch_size=config.batch_size,
+            place=place,
+        )
+        log.write(step, "test", values)
+        say(_line(f"test  step {step}", values))
+        return values
+
+    def sampled(step: int) -> None:
+        if prompts:
+            completions = sampler(state.params, prompts, config.seed)
+            path = directory / "samples.jsonl"
+            _write_samples(path, step, prompts, completions, loaded.tokenizer)
+
+    # -- Before the first step --------------------------------------------------------
+    say(_summary(config, loaded, len(train), len(test), num_steps, mesh.shape))
+    first: dict[str, float] = {}
+    if step == 0:
+        first = evaluated(0)
+        sampled(0)
+    last, last_at = first, step if first else -1
+
+    # -- The loop ---------------------------------------------------------------------
+    pending: list[tuple[int, metrics.Sums]] = []
+    speeds, tokens, since = [], 0, time.perf_counter()
+    batches = training_batches(
+        train,
+        batch_size=config.batch_size,
+        num_seen=num_seen,
+        seed=config.seed,
+        start=step,
+        stop=stop,
+    )
+    with track("Training", total=num_steps, done=step) as advance:
+        for batch in batches:
+            state, sums = train_step(state, reference, place(batch))
+            step += 1
+            pending.append((step, sums))
+            tokens += int(np.count_nonzero(batch.example))
+            is_last = step == stop
+            due = {
+                name: is_last or step % every == 0
+                for name, every in (
+                    ("log", config.log_every),
+                    ("evaluate", config.evaluate_every),
+                    ("save", config.save_every),
+                )
+            }
+            figures = ""
+            if any(due.values()):
+                values = _drain(pending)
+                speeds.append(tokens / (time.perf_counter() - since))
+                values |= {
+                    "learning_rate": float(schedule(step - 1)),
+                    "epoch": min(step * config.batch_size, num_seen) / len(train),
+                    "tokens_per_second": speeds[-1],
+                }
+                log.write(step, "train", values)
+                figures = _line("", values)
+                if due["log"]:
+                    say(_line(f"train step {step}", values))
+            if due["evaluate"] or (due["save"] and last_at < 0):
+                last, last_at = evaluated(step), step
+            if due["save"]:
+                checkpoints.save(step, state, note, loss=last["loss"])
+            if any(due.values()):
+                tokens, since = 0, time.perf_counter()
+            advance(figures)
+    checkpoints.close()
+
+    # -- What remains -----------------------------------------------------------------
+    if last_at < step:
+        last = evaluated(step)
+    if step == num_steps:
+        sampled(step)
+        write_model(
+            directory / "final",
+            state.params,
+            loaded.settings,
+            loaded.tokenizer.save_pretrained,
+        )
+        say(f"The model is in {directory / 'final'}.")
+    else:
+        say(f"Stopped after step {step} of {num_steps}; continue with --resume.")
+    return Result(directory, step, first, last, float(np.median(speeds or [np.nan])))
+
+
+def _make_objective(config: TrainConfig) -> Objective:
+    settings = {"beta": config.beta, "label_smoothing": config.label_smoothing}
+    given = {name: value for name, value in settings.items() if value is not None}
+    objective = make_loss(config.loss, **given)
+    if config.reference is not None and not objective.needs_reference:
+        raise ValueError(f"The loss {config.loss!r} uses no reference; leave it out.")
+    return objective
+
+
+def _check(config: TrainConfig, num_shards: int) -> None:
+    if config.model is None or config.data is None:
+        missing = "--model" if config.model is None else "--data"
+        raise ValueError(f"Training needs a model and data; {missing} is missing.")
+    if config.epochs is not None and config.steps is not None:
+        raise ValueError("Give the length of the run by --epochs or --steps, not both.")
+    positive = ("batch_size", "microbatches", "chunk_size", "log_every",
+                "evaluate_every", "save_every", "keep_last")  # fmt: skip
+    optional = ("epochs", "steps", "stop_after", "max_examples")
+    for name in positive + optional:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be positive.")
+    if config.batch_size % (config.microbatches * num_shards):
+        raise ValueError(
+            f"A batch of {config.batch_size} examples cannot be split evenly over "
+            f"{config.microbatches} microbatches and {num_shards} row shards."
+        )
+
+
+def _open_directory(config: TrainConfig) -> Path:
+    if config.resume:
+        if config.output is None or not Path(config.output).is_dir():
+            raise ValueError("--resume needs the --output of a run that has started.")
+        return Path(config.output)
+    name = f"runs/{config.loss}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = new_directory(config.output or name)
+    directory.mkdir(parents=True, exist_ok=True)
+    again = replace(config, output=None, stop_after=None)
+    text = (
+        '"""The configuration of this run; `dpojax train` with this file repeats it."""'
+        "\n\nfrom dpojax.config import MeshConfig, OptimizerConfig, TrainConfig\n\n\n"
+        f"def config() -> TrainConfig:\n    return {again!r}\n"
+    )
+    (directory / "config.py").write_text(text, encoding="utf-8")
+    return directory
+
+
+def _read_examples(
+    config: TrainConfig, objective: Objective, tokenizer: Tokenizer, split: str
+) -> list[Example]:
+    assert config.data is not None
+    records = read_records(
+        config.data,
+        split=split,
+        num_completions=objective.num_completions,
+        test_size=config.test_size,
+        max_examples=config.max_examples,
+    )
+    examples, counts = tokenize_records(
+        records, tokenizer, max_length=config.max_length, too_long=config.too_long
+    )
+    told = ", ".join(f"{count} {name}" for name, count in counts._asdict().items())
+    say(f"{split}: {told.replace('_', ' ')}")
+    return examples
+
+
+def _write_frame(directory: Path, loaded: Loaded) -> None:
+    """All of the model but its weights: with a checkpoint it makes an export."""
+    directory.mkdir(exist_ok=True)
+    write_settings(directory, loaded.settings, "float32")
+    loaded.tokenizer.save_pretrained(directory)
+
+
+def _make_schedule(config: TrainConfig, objective: Objective, num_steps: int) -> Any:
+    settings = config.optimizer
+    warmup = settings.warmup_steps
+    rate = settings.learning_rate
+    return make_schedule(
+        settings.schedule,
+        learning_rate=objective.learning_rate if rate is None else rate,
+        num_steps=num_steps,
+        warmup_steps=round(warmup * num_steps if warmup < 1 else warmup),
+    )
+
+
+def _note(config: TrainConfig, train: Sequence[Example], num_seen: int) -> Note:
+    """What must be the same for a resumed run to be the same run."""
+    return {
+        "loss": config.loss,
+        "beta": config.beta,
+        "label_smoothing": config.label_smoothing,
+        "batch_size": config.batch_size,
+        "examples_seen": num_seen,
+        "seed": config.seed,
+        "data": fingerprint(train),
+        "optimizer": repr(config.optimizer),
+        "reference": config.reference,
+        "model": config.model,
+        "version": __version__,
+    }
+
+
+def _check_note(saved: Note, note: Note, directory: Path) -> None:
+    for name, value in note.items():
+        if name != "version" and saved[name] != value:
+            raise ValueError(
+                f"{directory} cannot be resumed with another {name}: it was "
+                f"{saved[name]} and is now {value}; use its own config.py."
+            )
+
+
+def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _drain(pending: list[tuple[int, metrics.Sums]]) -> dict[str, float]:
+    """The means over the steps since the last call; stops at a number that is none."""
+    total: metrics.Sums | None = None
+    for step, sums in pending:
+        values = metrics.summarize({name: sums[name] for name in ("loss", "grad_norm")})
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"The {name} of step {step} is {values[name]}; the run stops here. "
+                    "Its last checkpoint is from before this step."
+                )
+        total = sums if total is None else metrics.add(total, sums)
+    pending.clear()
+    assert total is not None
+    return metrics.summarize(total)
+
+
+def _write_samples(
+    path: Path,
+    step: int,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    tokenizer: Tokenizer,
+) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            texts = {
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                "completion": tokenizer.decode(completion, skip_special_tokens=True),
+            }
+            file.write(json.dumps({"step": step} | texts) + "\n")
+
+
+def _summary(
+    config: TrainConfig,
+    loaded: Loaded,
+    num_train: int,
+    num_test: int,
+    num_steps: int,
+    mesh: Any,
+) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
+    return (
+        f"{config.loss} of {config.model}: {count:,} parameters, {num_train:,} training "
+        f"and {num_test:,} test examples, {num_steps:,} steps of {config.batch_size} "
+        f"on {jax.device_count()} {jax.default_backend()} device(s) {axes}".rstrip()
+    )
+
+
+_SHOWN = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "logratios/chosen": "chosen log-ratio",
+    "logratios/rejected": "rejected log-ratio",
+    "grad_norm": "gradient",
+    "tokens_per_second": "tokens/s",
+}
+
+
+def _line(start: str, values: dict[str, float]) -> str:
+    shown = [
+        f"{label} {values[name]:.4g}" for name, label in _SHOWN.items() if name in values
+    ]
+    return "  ".join([start, *shown]).strip()

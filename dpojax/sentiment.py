@@ -1,0 +1,231 @@
+"""The embedded default: the DPO paper's controlled-sentiment task in miniature.
+
+A small decoder learns to write reviews (SFT), continues openings, an exact reward says
+which of its completions is the more positive, and DPO aligns it. Both runs are ordinary
+ones, on files that this leaves in the run directory. This file knows no numerics.
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpojax.config import OptimizerConfig, TrainConfig
+from dpojax.data.synthetic import (
+    REWARD_RANGE,
+    label_pairs,
+    make_openings,
+    make_reviews,
+    make_tokenizer,
+    reward,
+)
+from dpojax.data.tokenize import encode_prompt
+from dpojax.evaluation import make_sampler, sampled_kl
+from dpojax.loading import Loaded, load_model, new_directory
+from dpojax.models.decoder import DecoderConfig, make_model
+from dpojax.models.families import as_settings
+from dpojax.models.huggingface import write_model
+from dpojax.progress import say, show_completions, show_table
+from dpojax.run import Result, run
+from dpojax.sharding import make_mesh, make_place
+
+NUM_REVIEWS = 10_000
+NUM_OPENINGS = 1_500  # continued to make the pairs
+COMPLETIONS_PER_OPENING = 4
+NUM_HELD_OUT = 256
+NEW_TOKENS = 72  # the longest review has 67
+SAMPLE_BATCH = 256
+
+
+class Samples(NamedTuple):
+    """Completions of the held-out openings by one policy, and what they are worth."""
+
+    texts: list[str]
+    rewards: np.ndarray
+    kl: dict[str, float]
+
+
+def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
+    """Runs the whole task and prints its table.
+
+    Args:
+      config: the defaults, but for `output`, `seed` and `mesh`.
+
+    Returns:
+      The DPO run's result, and the samples before and after it.
+
+    Raises:
+      ValueError: if another setting is given, since it would need a model and data.
+    """
+    start = time.perf_counter()
+    if replace(config, output=None, seed=0, mesh=TrainConfig().mesh) != TrainConfig():
+        raise ValueError(
+            "Training needs --model and --data; without them only --output, --seed and "
+            "--mesh can be set, for the embedded task."
+        )
+    name = config.output or f"runs/sentiment-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = new_directory(name)
+    seed = config.seed
+
+    say(f"1/4  Pre-training a small decoder on {NUM_REVIEWS:,} synthetic reviews")
+    reviews = make_reviews(NUM_REVIEWS, seed=seed)
+    rows = ({"prompt": "", "completion": review} for review in reviews)
+    _write_lines(directory / "reviews.jsonl", rows)
+    _write_small_model(directory / "model", seed)
+    sft = run(_sft_config(config, directory))
+
+    say(f"2/4  Sampling and labelling {COMPLETIONS_PER_OPENING} x {NUM_OPENINGS:,}")
+    loaded = load_model(str(sft.directory / "final"), make_mesh(), compute_dtype=None)
+    openings = make_openings(NUM_OPENINGS, seed=seed + 1)
+    repeated = [text for text in openings for _ in range(COMPLETIONS_PER_OPENING)]
+    sampled = iter(_continue(loaded, repeated, seed))
+    groups = [[next(sampled) for _ in range(COMPLETIONS_PER_OPENING)] for _ in openings]
+    _write_lines(directory / "pairs.jsonl", label_pairs(openings, groups))
+
+    say("3/4  Aligning it with DPO at beta 0.1")
+    result = run(_dpo_config(config, directory, sft))
+
+    say(f"4/4  Sampling {NUM_HELD_OUT} held-out openings before and after")
+    held_out = make_openings(NUM_HELD_OUT, seed=seed + 2)
+    before = _sample(loaded, loaded, held_out, seed)
+    final = str(result.directory / "final")
+    policy = load_model(final, make_mesh(), compute_dtype=None)
+    after = _sample(policy, loaded, held_out, seed)
+    show_completions(held_out[:5], {"before": before.texts, "after": after.texts})
+    _show(result, before, after, time.perf_counter() - start)
+    return result, before, after
+
+
+def _sft_config(config: TrainConfig, directory: Path) -> TrainConfig:
+    return replace(
+        config,
+        loss="sft",
+        model=str(directory / "model"),
+        data=str(directory / "reviews.jsonl"),
+        output=str(directory / "sft"),
+        test_size=256,
+        sample_prompts=0,
+        remat=False,
+        log_every=25,
+        evaluate_every=1_000,
+        save_every=1_000,
+        optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine", beta2=0.98),
+    )
+
+
+def _dpo_config(config: TrainConfig, directory: Path, sft: Result) -> TrainConfig:
+    return replace(
+        config,
+        model=str(sft.directory / "final"),
+        data=str(directory / "pairs.jsonl"),
+        output=str(directory / "dpo"),
+        test_size=256,
+        sample_tokens=NEW_TOKENS,
+        epochs=3,
+        remat=False,
+        log_every=10,
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+    )
+
+
+def _write_small_model(directory: Path, seed: int) -> None:
+    tokenizer = make_tokenizer()
+    shape = DecoderConfig(
+        vocabulary_size=-(-len(tokenizer) // 128) * 128,
+        width=128,
+        num_layers=3,
+        num_heads=4,
+        num_key_heads=4,
+        head_dimension=32,
+        mlp_width=384,
+        tied_output=True,
+        max_length=256,
+    )
+    params = jax.jit(make_model(shape).init)(jax.random.key(seed))
+    write_model(directory, params, as_settings(shape), tokenizer.save_pretrained)
+
+
+def _write_lines(path: Path, rows: Iterable[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def _continue(loaded: Loaded, openings: list[str], seed: int) -> list[str]:
+    tokens, _ = _continue_tokens(loaded, openings, seed)
+    return _decode(loaded, tokens)
+
+
+def _continue_tokens(
+    loaded: Loaded, openings: list[str], seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Sampled token ids, and those of the openings."""
+    sampler = make_sampler(
+        loaded,
+        num_new=NEW_TOKENS,
+        batch_size=SAMPLE_BATCH,
+        place=make_place(make_mesh()),
+    )
+    prompts = [encode_prompt(text, loaded.tokenizer) for text in openings]
+    return sampler(loaded.params, prompts, seed), prompts
+
+
+def _decode(loaded: Loaded, rows: list[list[int]]) -> list[str]:
+    decode = loaded.tokenizer.decode
+    return [str(decode(row, skip_special_tokens=True)) for row in rows]
+
+
+def _sample(
+    policy: Loaded, reference: Loaded, openings: list[str], seed: int
+) -> Samples:
+    completions, prompts = _continue_tokens(policy, openings, seed)
+    kl = sampled_kl(
+        policy,
+        policy.params,
+        reference.params,
+        prompts,
+        completions,
+        batch_size=SAMPLE_BATCH,
+        place=make_place(make_mesh()),
+    )
+    texts = _decode(policy, completions)
+    whole = (opening + text for opening, text in zip(openings, texts, strict=True))
+    return Samples(texts, np.array([reward(text) for text in whole]), kl)
+
+
+def _show(result: Result, before: Samples, after: Samples, seconds: float) -> None:
+    def row(label: str, name: str) -> tuple[str, str, str]:
+        evaluations = result.first_evaluation, result.last_evaluation
+        return label, *(_figure(values, name) for values in evaluations)
+
+    def mean_reward(samples: Samples) -> str:
+        values = samples.rewards
+        return f"{values.mean():.3f} ± {values.std() / np.sqrt(len(values) - 1):.3f}"
+
+    low, high = REWARD_RANGE
+    rise = (after.rewards.mean() - before.rewards.mean()) / (high - low)
+    show_table(
+        "DPO on controlled sentiment, held-out openings",
+        ("", "before", "after"),
+        [
+            row("reward accuracy on held-out pairs", "rewards/accuracies"),
+            ("ground-truth reward", mean_reward(before), mean_reward(after)),
+            ("KL(policy‖reference), nats", *(_figure(s.kl, "kl") for s in (before, after))),
+            row("chosen log-ratio, nats", "logratios/chosen"),
+            row("rejected log-ratio, nats", "logratios/rejected"),
+            ("training tokens/s", "", f"{result.tokens_per_second:,.0f}"),
+        ],
+    )
+    say(
+        f"The reward of {len(after.rewards)} samples rose by {100 * rise:.0f} % of its "
+        f"range [{low:g}, {high:g}] in {seconds:.0f} s, all included."
+    )
+
+
+def _figure(values: dict[str, float], name: str) -> str:
+    return f"{values[name]:.3f} ± {values[name + '_se']:.3f}"
