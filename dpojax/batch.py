@@ -1,4 +1,4 @@
-"""The row layout: one prompt, K completions that branch from it, several examples a row.
+"""The row layout: a prompt, K completions that branch from it, several examples a row.
 
     tokens    p0 p1 p2 | p3 c1 c2 c3 | p3 r1 r2 | q0 | q1 c1 ... | 0 0
     labels     .  .  . | c1 c2 c3 $  | r1 r2 $  |  . | c1 c2 ... | . .

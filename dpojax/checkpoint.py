@@ -64,11 +64,7 @@ class Checkpoints:
         Raises:
           ValueError: if there is no such step, or its arrays are not those of `like`.
         """
-        if step not in self.steps:
-            raise ValueError(
-                f"{self._directory} has no checkpoint of step {step}; "
-                f"it has {', '.join(map(str, self.steps)) or 'none'}."
-            )
+        self._check_step(step)
         saved = self._manager.item_metadata(step)["state"]
         difference = _first_difference(_shapes(saved), _shapes(like))
         if difference:
@@ -88,7 +84,12 @@ class Checkpoints:
             )
 
     def note(self, step: int) -> Note:
-        """The note that was saved with a step."""
+        """The note that was saved with a step.
+
+        Raises:
+          ValueError: if there is no such step.
+        """
+        self._check_step(step)
         items = ocp.args.Composite(note=ocp.args.JsonRestore())
         return self._manager.restore(step, args=items)["note"]
 
@@ -96,6 +97,13 @@ class Checkpoints:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def _check_step(self, step: int) -> None:
+        if step not in self.steps:
+            raise ValueError(
+                f"{self._directory} has no checkpoint of step {step}; "
+                f"it has {', '.join(map(str, self.steps)) or 'none'}."
+            )
 
 
 def _evaluation_loss(metrics: Any) -> float:

@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FloatingPointError) as error:
         if not _is_ours(error):
             raise
-        print(f"dpojax: error: {error}", file=sys.stderr)
+        sentence = " ".join(str(error).splitlines())
+        print(f"dpojax: error: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -69,9 +70,11 @@ def _load_experiment(path: Path) -> TrainConfig:
         raise ValueError(f"There is no experiment file {path}.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if "config" not in vars(module):
+    make = vars(module).get("config")
+    made = make() if callable(make) else None
+    if not isinstance(made, TrainConfig):
         raise ValueError(f"{path} has no function config() that returns a TrainConfig.")
-    return module.config()
+    return made
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ class OptimizerConfig:
     warmup_steps: float = 0.1
     """Steps of linear warm-up; below 1, a share of the run (0.1: Zephyr, Tulu 3)."""
     max_grad_norm: float = 1.0
-    """Global gradient norm clipped to (TRL: 1; the paper's code: 10); 0: no clipping."""
+    """Global gradient norm clipped to (TRL: 1; the paper's code: 10); 0: none."""
     weight_decay: float = 0.0
     """Decoupled decay of matrices (TRL: 0)."""
     beta1: float = 0.9
@@ -86,7 +86,7 @@ class TrainConfig:
     microbatches: int = 1
     """Parts into which a batch is split to save memory; the result is the same."""
     epochs: float | None = None
-    """Times that each example is seen. Default: 1 (the paper's code), unless `steps`."""
+    """Times that each example is seen. Default: 1 (the paper's code), or `steps`."""
     steps: int | None = None
     """Length of the run in optimiser steps, instead of `epochs`."""
     stop_after: int | None = None
@@ -98,13 +98,13 @@ class TrainConfig:
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of keeping its inside."""
-    chunk_size: int = 64
-    """Positions of each row whose logits exist at one time."""
+    chunk_size: int = 512
+    """Positions of each device's rows whose logits exist at one time."""
 
     log_every: int = 10
     """Steps between lines of metrics."""
     evaluate_every: int = 100
-    """Steps between evaluations; there is one before the first step and one at the end."""
+    """Steps between evaluations; there is one before the first step and at the end."""
     save_every: int = 100
     """Steps between checkpoints; there is one at the end."""
     keep_last: int = 2

@@ -56,11 +56,10 @@ def make_sampler(
       place: puts a batch onto the devices.
       temperature: divides the logits; 0 takes the most likely token.
     """
-    eos_token = loaded.tokenizer.eos_token_id
     generate = make_generate(
         loaded.model.extend,
         loaded.model.empty_cache,
-        eos_token=eos_token,
+        eos_token=loaded.eos_token,
         num_new=num_new,
         temperature=temperature,
     )
@@ -73,10 +72,12 @@ def make_sampler(
         with track("Sampling", total=-(-len(prompts) // batch_size)) as advance:
             for start in range(0, len(prompts), batch_size):
                 some = prompts[start : start + batch_size]
-                arrays = place(pad_left(some, length, batch_size))
+                tokens, is_prompt = place(pad_left(some, length, batch_size))
                 key = jax.random.fold_in(jax.random.key(seed), start)
-                rows = jax.device_get(generate(params, *arrays, key))[: len(some)]
-                completions += [trim(row, eos_token) for row in rows]
+                rows = jax.device_get(generate(params, tokens, is_prompt, key))
+                completions += [
+                    trim(row, loaded.eos_token) for row in rows[: len(some)]
+                ]
                 advance("")
         return completions
 

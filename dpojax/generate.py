@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 Params = Any
 # (params, prompts, is_prompt, key) -> tokens [rows, new], the end filled with EOS
-Generate = Callable[[Params, Array, Array, Array], Array]
+Generate = Callable[[Params, ArrayLike, ArrayLike, Array], Array]
 
 
 class _Progress(NamedTuple):
@@ -32,7 +33,13 @@ def pad_left(
 
     Rows beyond the prompts repeat the last one: they fill a batch whose number of rows
     is fixed.
+
+    Raises:
+      ValueError: if a prompt is longer than `length`.
     """
+    longest = max(map(len, prompts))
+    if longest > length:
+        raise ValueError(f"A prompt has {longest} tokens; the rows have {length}.")
     tokens = np.zeros((num_rows, length), np.int32)
     is_prompt = np.zeros((num_rows, length), bool)
     for row in range(num_rows):
@@ -89,10 +96,12 @@ def make_generate(
             hidden, output, cache = extend(
                 params, tokens, position, example, cache, offset
             )
+            exact = hidden.dtype == jnp.float32  # a true float32 product on every chip
             logits = jnp.einsum(
                 "rw,vw->rv",
                 hidden[:, -1],
                 output.astype(hidden.dtype),
+                precision=jax.lax.Precision.HIGHEST if exact else None,
                 preferred_element_type=jnp.float32,
             )
             return logits, cache
@@ -118,7 +127,7 @@ def make_generate(
     return jax.jit(generate)
 
 
-def trim(tokens: Sequence[int], eos_token: int) -> list[int]:
+def trim(tokens: Sequence[int] | Int[np.ndarray, " new"], eos_token: int) -> list[int]:
     """A generated row up to its EOS, that included."""
     row = [int(token) for token in tokens]
     return row[: row.index(eos_token) + 1] if eos_token in row else row

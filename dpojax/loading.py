@@ -3,6 +3,7 @@
 What every command does first. This file knows no objective and no loop.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class Loaded(NamedTuple):
     params: Params
     settings: dict[str, Any]  # contents of config.json
     tokenizer: Tokenizer
+    eos_token: int
 
 
 def load_model(
@@ -53,7 +55,9 @@ def load_model(
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, model.config.vocabulary_size, name)
     params = read_params(directory, model.params, as_shardings(model.params, mesh))
-    return Loaded(model, params, settings, tokenizer)
+    eos_token = tokenizer.eos_token_id
+    assert isinstance(eos_token, int)  # load_tokenizer refuses one without
+    return Loaded(model, params, settings, tokenizer, eos_token)
 
 
 def load_reference(name: str, like: Loaded, mesh: Mesh) -> Params:
@@ -63,11 +67,17 @@ def load_reference(name: str, like: Loaded, mesh: Mesh) -> Params:
       ValueError: if it is a model of another shape.
     """
     directory = find_model(name)
-    config = as_decoder_config(read_settings(directory))
-    if config != like.model.config:
+    wanted = like.model.config
+    # Neither of these changes what the decoder computes from given weights.
+    config = replace(
+        as_decoder_config(read_settings(directory)),
+        max_length=wanted.max_length,
+        initializer_range=wanted.initializer_range,
+    )
+    if config != wanted:
         raise ValueError(
             f"The reference {name} is a model of another shape than the policy: "
-            f"{_difference(config, like.model.config)}."
+            f"{_difference(config, wanted)}."
         )
     abstract = like.model.params
     return read_params(directory, abstract, as_shardings(abstract, mesh))

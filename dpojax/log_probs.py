@@ -1,9 +1,10 @@
 """From hidden states and the output matrix to log-probabilities, in chunks.
 
 Logits of all positions at once would be the largest array of a step by far, so they
-exist only for a chunk of positions at a time, and only where a label is scored:
-within each row the scored positions are moved to the front, and chunks that hold none
-are skipped. The backward pass computes a chunk's logits again instead of keeping them.
+exist only for a chunk of positions at a time, and only where a label is scored: the
+scored positions are moved to the front, and chunks that hold none are skipped. The
+backward pass computes a chunk's logits again instead of keeping them. Positions move
+within the rows of one shard only, so that sharded rows need no communication.
 
 Whatever the model computes in, log-softmax and sums are float32: near a sum of 300
 nats a bfloat16 step is 2 nats. This file knows no loss and no model.
@@ -22,7 +23,12 @@ Output = Float[Array, "vocabulary width"]
 
 
 def completion_log_probs(
-    hidden: Hidden, output: Output, batch: Batch, *, chunk_size: int = 64
+    hidden: Hidden,
+    output: Output,
+    batch: Batch,
+    *,
+    chunk_size: int = 512,
+    num_shards: int = 1,
 ) -> Float[Array, "rows slots completions"]:
     """Log-probability of each completion: the sum over its tokens, in nats.
 
@@ -30,7 +36,8 @@ def completion_log_probs(
       hidden: final hidden states ``[rows, length, width]``.
       output: the output matrix ``[vocabulary, width]``.
       batch: the rows that the hidden states belong to.
-      chunk_size: positions of each row whose logits exist at one time.
+      chunk_size: positions of each shard whose logits exist at one time.
+      num_shards: ways in which the rows are divided over devices.
 
     Returns:
       ``[rows, slots, completions]`` float32; 0 where a slot or completion is empty.
@@ -45,7 +52,7 @@ def completion_log_probs(
         return label_logit - jax.nn.logsumexp(logits, axis=-1)
 
     arrays = (hidden, jnp.asarray(batch.labels))
-    per_token = _map_scored(label_log_probs, batch, chunk_size, arrays)
+    per_token = _map_scored(label_log_probs, batch, chunk_size, num_shards, arrays)
     return sum_completions(per_token, batch)
 
 
@@ -54,7 +61,8 @@ def completion_kl(
     reference: tuple[Hidden, Output],
     batch: Batch,
     *,
-    chunk_size: int = 64,
+    chunk_size: int = 512,
+    num_shards: int = 1,
 ) -> Float[Array, "rows slots completions"]:
     """KL(policy || reference) along each completion, over the whole vocabulary.
 
@@ -66,7 +74,8 @@ def completion_kl(
       policy: hidden states and output matrix of the policy.
       reference: the same of the reference.
       batch: the rows that both belong to.
-      chunk_size: positions of each row whose logits exist at one time.
+      chunk_size: positions of each shard whose logits exist at one time.
+      num_shards: ways in which the rows are divided over devices.
 
     Returns:
       ``[rows, slots, completions]`` float32, nats.
@@ -77,7 +86,8 @@ def completion_kl(
         log_q = jax.nn.log_softmax(_logits(reference_hidden, reference[1]))
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
-    per_token = _map_scored(token_kl, batch, chunk_size, (policy[0], reference[0]))
+    arrays = (policy[0], reference[0])
+    per_token = _map_scored(token_kl, batch, chunk_size, num_shards, arrays)
     return sum_completions(per_token, batch)
 
 
@@ -113,25 +123,27 @@ def _map_scored(
     function: Callable[..., Array],
     batch: Batch,
     chunk_size: int,
+    num_shards: int,
     arrays: tuple[Array, ...],
 ) -> Float[Array, "rows length"]:
     """Applies a function of positions to the scored ones, chunk by chunk.
 
-    `function` maps arrays ``[rows, chunk, ...]`` to ``[rows, chunk]``. Positions that
-    are not scored give 0.
+    `function` maps arrays ``[shards, chunk, ...]`` to ``[shards, chunk]``. Positions
+    that are not scored give 0.
     """
-    scored = jnp.asarray(batch.scored)
-    num_rows, length = scored.shape
-    chunk = min(chunk_size, length)
-    num_chunks = -(-length // chunk)
-    order: Int[Array, "rows length"] = jnp.argsort(~scored, axis=1, stable=True)
+    scored = jnp.asarray(batch.scored).reshape(num_shards, -1)
+    num_positions = scored.shape[1]
+    chunk = min(chunk_size, num_positions)
+    num_chunks = -(-num_positions // chunk)
+    order: Int[Array, "shards positions"] = jnp.argsort(~scored, axis=1, stable=True)
 
     def as_chunks(array: Array) -> Array:
+        array = array.reshape(num_shards, num_positions, *array.shape[2:])
         trailing = (1,) * (array.ndim - 2)
         array = jnp.take_along_axis(array, order.reshape(order.shape + trailing), 1)
-        padding = [(0, 0), (0, num_chunks * chunk - length), *((0, 0) for _ in trailing)]
-        array = jnp.pad(array, padding)
-        array = array.reshape(num_rows, num_chunks, chunk, *array.shape[2:])
+        surplus = num_chunks * chunk - num_positions
+        array = jnp.pad(array, [(0, 0), (0, surplus), *((0, 0) for _ in trailing)])
+        array = array.reshape(num_shards, num_chunks, chunk, *array.shape[2:])
         return jnp.moveaxis(array, 1, 0)
 
     most_scored = jnp.max(jnp.sum(scored, axis=1))
@@ -140,16 +152,18 @@ def _map_scored(
         start, chunk_arrays = start_and_chunk
         values = jax.lax.cond(
             start < most_scored,
-            jax.checkpoint(function),
-            lambda *_: jnp.zeros((num_rows, chunk), jnp.float32),
+            function,
+            lambda *_: jnp.zeros((num_shards, chunk), jnp.float32),
             *chunk_arrays,
         )
         return None, values
 
     starts = jnp.arange(num_chunks) * chunk
     chunks = tuple(as_chunks(array) for array in arrays)
-    _, values = jax.lax.scan(body, None, (starts, chunks))
-    values = jnp.moveaxis(values, 0, 1).reshape(num_rows, -1)[:, :length]
-    # argsort of a permutation is its inverse: back to the order of the row.
+    # The checkpoint is around the condition: inside it, the scan would keep for each
+    # chunk what the condition hands to the backward pass, a copy of the output matrix.
+    _, values = jax.lax.scan(jax.checkpoint(body), None, (starts, chunks))
+    values = jnp.moveaxis(values, 0, 1).reshape(num_shards, -1)[:, :num_positions]
+    # argsort of a permutation is its inverse: back to the order of the rows.
     values = jnp.take_along_axis(values, jnp.argsort(order, axis=1), axis=1)
-    return jnp.where(scored, values, 0.0)
+    return jnp.where(scored, values, 0.0).reshape(batch.scored.shape)

@@ -1,7 +1,7 @@
 """The Optax chain: clipping, AdamW or RMSprop, and the schedule. Knows no model."""
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import optax
@@ -20,12 +20,17 @@ def make_schedule(
     step.
 
     Raises:
-      ValueError: if the warm-up is longer than the run.
+      ValueError: if there is no such schedule, or the warm-up is longer than the run.
     """
+    if schedule not in get_args(Schedule):
+        raise ValueError(
+            f"There is no schedule {schedule!r}; "
+            f"there are {', '.join(get_args(Schedule))}."
+        )
     if warmup_steps > num_steps:
         raise ValueError(
-            f"The warm-up of {warmup_steps} steps is longer than the run of {num_steps}; "
-            "shorten it or train longer."
+            f"The warm-up of {warmup_steps} steps is longer than the run of "
+            f"{num_steps}; shorten it or train longer."
         )
     decay_steps = max(1, num_steps - warmup_steps)
     after = {
@@ -60,11 +65,18 @@ def make_optimizer(
       epsilon: added to the root of the mean square.
 
     Raises:
-      ValueError: if RMSprop is given a weight decay, which it does not have.
+      ValueError: if there is no such optimiser, or RMSprop is given a weight decay,
+        which it does not have.
     """
+    if name not in get_args(Name):
+        raise ValueError(
+            f"There is no optimiser {name!r}; there are {', '.join(get_args(Name))}."
+        )
     if name == "rmsprop":
         if weight_decay:
-            raise ValueError("RMSprop has no weight decay here; set it to 0 or use adamw.")
+            raise ValueError(
+                "RMSprop has no weight decay here; set it to 0 or use adamw."
+            )
         rule = optax.rmsprop(schedule, decay=0.99, eps=epsilon, eps_in_sqrt=False)
     else:
         rule = optax.adamw(

@@ -43,7 +43,9 @@ def say(text: str) -> None:
     CONSOLE.print(escape(text), soft_wrap=True)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
     """A table whose first column names its rows."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):

@@ -1,10 +1,8 @@
 """The loop: one run from its configuration to a model directory, chapter by chapter."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +17,13 @@ from dpojax.data.packing import Example
 from dpojax.data.records import read_records
 from dpojax.data.tokenize import Tokenizer, tokenize_records
 from dpojax.evaluation import evaluate, make_sampler
-from dpojax.loading import Loaded, load_model, load_reference, new_directory
+from dpojax.loading import Loaded, load_model, load_reference
 from dpojax.losses.table import Objective, make_loss
-from dpojax.models.huggingface import write_model, write_settings
+from dpojax.models.huggingface import write_model
 from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.progress import say, track
 from dpojax.reference import copy_params
+from dpojax.run_directory import choose_directory, write_frame, write_samples
 from dpojax.sharding import (
     as_shardings,
     make_mesh,
@@ -62,15 +61,15 @@ def run(config: TrainConfig) -> Result:
     # -- Settings that cannot work ----------------------------------------------------
     objective = _make_objective(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _check(config, num_row_shards(mesh))
-    directory = _open_directory(config)
+    num_shards = num_row_shards(mesh)
+    _check(config, num_shards)
+    directory = choose_directory(config)
 
     # -- Model, data and reference ----------------------------------------------------
     assert config.model is not None and config.data is not None
     loaded = load_model(
         config.model, mesh, compute_dtype=config.compute_dtype, remat=config.remat
     )
-    _write_frame(directory / "model", loaded)
     train = _read_examples(config, objective, loaded.tokenizer, config.train_split)
     test = _read_examples(config, objective, loaded.tokenizer, config.test_split)
     reference = None
@@ -78,13 +77,18 @@ def run(config: TrainConfig) -> Result:
         reference = load_reference(config.reference, loaded, mesh)
     elif objective.needs_reference:
         reference = copy_params(loaded.params)
+    # Only now: what could not be read leaves no directory behind.
+    if not config.resume:
+        write_frame(directory, config, loaded)
 
     # -- Schedule, optimiser and state ------------------------------------------------
     num_seen = round(len(train) * (1 if config.epochs is None else config.epochs))
     if config.steps is not None:
         num_seen = config.steps * config.batch_size
     num_steps = max(1, math.ceil(num_seen / config.batch_size))
-    stop = min(num_steps, config.stop_after or num_steps)
+    stop = num_steps if config.stop_after is None else config.stop_after
+    if stop > num_steps:
+        raise ValueError(f"stop_after is {stop}, but the run has {num_steps} steps.")
     schedule = _make_schedule(config, objective, num_steps)
     optimizer = make_optimizer(
         config.optimizer.name,
@@ -113,6 +117,7 @@ def run(config: TrainConfig) -> Result:
         _check_note(checkpoints.note(step), note, directory)
         like = jax.tree.map(_abstract, state)
         state = checkpoints.restore(step, like)
+    if config.resume:
         say(f"Resuming {directory} at step {step}.")
     log = metrics.MetricsFile(directory / "metrics.jsonl", resume_from=step)
 
@@ -123,11 +128,15 @@ def run(config: TrainConfig) -> Result:
         optimizer,
         num_microbatches=config.microbatches,
         chunk_size=config.chunk_size,
+        num_shards=num_shards,
         state_shardings=shardings,
         rows_sharding=rows_sharding(mesh),
     )
     eval_step = make_eval_step(
-        loaded.model.apply, objective, chunk_size=config.chunk_size
+        loaded.model.apply,
+        objective,
+        chunk_size=config.chunk_size,
+        num_shards=num_shards,
     )
 
     place = make_place(mesh)
@@ -155,8 +164,7 @@ def run(config: TrainConfig) -> Result:
     def sampled(step: int) -> None:
         if prompts:
             completions = sampler(state.params, prompts, config.seed)
-            path = directory / "samples.jsonl"
-            _write_samples(path, step, prompts, completions, loaded.tokenizer)
+            write_samples(directory, step, prompts, completions, loaded.tokenizer)
 
     # -- Before the first step --------------------------------------------------------
     say(_summary(config, loaded, len(train), len(test), num_steps, mesh.shape))
@@ -249,33 +257,20 @@ def _check(config: TrainConfig, num_shards: int) -> None:
     positive = ("batch_size", "microbatches", "chunk_size", "log_every",
                 "evaluate_every", "save_every", "keep_last")  # fmt: skip
     optional = ("epochs", "steps", "stop_after", "max_examples")
+    settings = vars(config)
     for name in positive + optional:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}; it must be positive.")
+        if settings[name] is not None and settings[name] <= 0:
+            raise ValueError(f"{name} is {settings[name]}; it must be positive.")
+    if config.sample_prompts < 0 or config.sample_tokens < 1:
+        raise ValueError(
+            f"{config.sample_tokens} tokens of {config.sample_prompts} prompts cannot "
+            "be sampled; neither may be negative, and at least one token is needed."
+        )
     if config.batch_size % (config.microbatches * num_shards):
         raise ValueError(
             f"A batch of {config.batch_size} examples cannot be split evenly over "
             f"{config.microbatches} microbatches and {num_shards} row shards."
         )
-
-
-def _open_directory(config: TrainConfig) -> Path:
-    if config.resume:
-        if config.output is None or not Path(config.output).is_dir():
-            raise ValueError("--resume needs the --output of a run that has started.")
-        return Path(config.output)
-    name = f"runs/{config.loss}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = new_directory(config.output or name)
-    directory.mkdir(parents=True, exist_ok=True)
-    again = replace(config, output=None, stop_after=None)
-    text = (
-        '"""The configuration of this run; `dpojax train` with this file repeats it."""'
-        "\n\nfrom dpojax.config import MeshConfig, OptimizerConfig, TrainConfig\n\n\n"
-        f"def config() -> TrainConfig:\n    return {again!r}\n"
-    )
-    (directory / "config.py").write_text(text, encoding="utf-8")
-    return directory
 
 
 def _read_examples(
@@ -295,13 +290,6 @@ def _read_examples(
     told = ", ".join(f"{count} {name}" for name, count in counts._asdict().items())
     say(f"{split}: {told.replace('_', ' ')}")
     return examples
-
-
-def _write_frame(directory: Path, loaded: Loaded) -> None:
-    """All of the model but its weights: with a checkpoint it makes an export."""
-    directory.mkdir(exist_ok=True)
-    write_settings(directory, loaded.settings, "float32")
-    loaded.tokenizer.save_pretrained(directory)
 
 
 def _make_schedule(config: TrainConfig, objective: Objective, num_steps: int) -> Any:
@@ -363,22 +351,6 @@ def _drain(pending: list[tuple[int, metrics.Sums]]) -> dict[str, float]:
     return metrics.summarize(total)
 
 
-def _write_samples(
-    path: Path,
-    step: int,
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    tokenizer: Tokenizer,
-) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            texts = {
-                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                "completion": tokenizer.decode(completion, skip_special_tokens=True),
-            }
-            file.write(json.dumps({"step": step} | texts) + "\n")
-
-
 def _summary(
     config: TrainConfig,
     loaded: Loaded,
@@ -390,8 +362,9 @@ def _summary(
     count = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
     return (
-        f"{config.loss} of {config.model}: {count:,} parameters, {num_train:,} training "
-        f"and {num_test:,} test examples, {num_steps:,} steps of {config.batch_size} "
+        f"{config.loss} of {config.model}: {count:,} parameters, {num_train:,} "
+        f"training and {num_test:,} test examples, {num_steps:,} steps of "
+        f"{config.batch_size} "
         f"on {jax.device_count()} {jax.default_backend()} device(s) {axes}".rstrip()
     )
 
@@ -409,6 +382,8 @@ _SHOWN = {
 
 def _line(start: str, values: dict[str, float]) -> str:
     shown = [
-        f"{label} {values[name]:.4g}" for name, label in _SHOWN.items() if name in values
+        f"{label} {values[name]:.4g}"
+        for name, label in _SHOWN.items()
+        if name in values
     ]
     return "  ".join([start, *shown]).strip()

@@ -32,14 +32,16 @@ from dpojax.models.families import as_settings
 from dpojax.models.huggingface import write_model
 from dpojax.progress import say, show_completions, show_table
 from dpojax.run import Result, run
+from dpojax.run_directory import default_name
 from dpojax.sharding import make_mesh, make_place
 
-NUM_REVIEWS = 10_000
-NUM_OPENINGS = 1_500  # continued to make the pairs
+NUM_REVIEWS = 6_000
+NUM_OPENINGS = 3_500  # continued to make the pairs
 COMPLETIONS_PER_OPENING = 4
 NUM_HELD_OUT = 256
-NEW_TOKENS = 72  # the longest review has 67
-SAMPLE_BATCH = 256
+MAX_LENGTH = 48  # tokens of a review; the few longer ones are left out
+BATCH_SIZE = 16  # small batches stay in a CPU's cache, and more steps learn more
+SAMPLE_BATCH = 128
 
 
 class Samples(NamedTuple):
@@ -68,8 +70,7 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
             "Training needs --model and --data; without them only --output, --seed and "
             "--mesh can be set, for the embedded task."
         )
-    name = config.output or f"runs/sentiment-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = new_directory(name)
+    directory = new_directory(config.output or default_name("sentiment"))
     seed = config.seed
 
     say(f"1/4  Pre-training a small decoder on {NUM_REVIEWS:,} synthetic reviews")
@@ -85,7 +86,7 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
     repeated = [text for text in openings for _ in range(COMPLETIONS_PER_OPENING)]
     sampled = iter(_continue(loaded, repeated, seed))
     groups = [[next(sampled) for _ in range(COMPLETIONS_PER_OPENING)] for _ in openings]
-    _write_lines(directory / "pairs.jsonl", label_pairs(openings, groups))
+    _write_lines(directory / "pairs.jsonl", _label(openings, groups))
 
     say("3/4  Aligning it with DPO at beta 0.1")
     result = run(_dpo_config(config, directory, sft))
@@ -109,12 +110,14 @@ def _sft_config(config: TrainConfig, directory: Path) -> TrainConfig:
         data=str(directory / "reviews.jsonl"),
         output=str(directory / "sft"),
         test_size=256,
+        max_length=MAX_LENGTH,
+        too_long="drop",
+        batch_size=BATCH_SIZE,
         sample_prompts=0,
-        remat=False,
-        log_every=25,
+        log_every=50,
         evaluate_every=1_000,
         save_every=1_000,
-        optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine", beta2=0.98),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", beta2=0.98),
     )
 
 
@@ -125,12 +128,26 @@ def _dpo_config(config: TrainConfig, directory: Path, sft: Result) -> TrainConfi
         data=str(directory / "pairs.jsonl"),
         output=str(directory / "dpo"),
         test_size=256,
-        sample_tokens=NEW_TOKENS,
-        epochs=3,
-        remat=False,
-        log_every=10,
-        optimizer=OptimizerConfig(learning_rate=3e-4),
+        max_length=MAX_LENGTH,
+        batch_size=BATCH_SIZE,
+        epochs=2,
+        sample_prompts=0,
+        log_every=50,
+        evaluate_every=1_000,
+        save_every=1_000,
+        optimizer=OptimizerConfig(learning_rate=7e-4, beta2=0.99),
     )
+
+
+def _label(openings: list[str], groups: list[list[str]]) -> list[dict[str, str]]:
+    """Pairs of non-empty completions, which a sampler may have ended at once."""
+    written = [[text for text in group if text.strip()] for group in groups]
+    usable = [
+        (opening, group)
+        for opening, group in zip(openings, written, strict=True)
+        if len(group) > 1
+    ]
+    return label_pairs([o for o, _ in usable], [group for _, group in usable])
 
 
 def _write_small_model(directory: Path, seed: int) -> None:
@@ -138,7 +155,7 @@ def _write_small_model(directory: Path, seed: int) -> None:
     shape = DecoderConfig(
         vocabulary_size=-(-len(tokenizer) // 128) * 128,
         width=128,
-        num_layers=3,
+        num_layers=2,
         num_heads=4,
         num_key_heads=4,
         head_dimension=32,
@@ -167,7 +184,7 @@ def _continue_tokens(
     """Sampled token ids, and those of the openings."""
     sampler = make_sampler(
         loaded,
-        num_new=NEW_TOKENS,
+        num_new=MAX_LENGTH - 8,
         batch_size=SAMPLE_BATCH,
         place=make_place(make_mesh()),
     )
@@ -200,8 +217,8 @@ def _sample(
 
 def _show(result: Result, before: Samples, after: Samples, seconds: float) -> None:
     def row(label: str, name: str) -> tuple[str, str, str]:
-        evaluations = result.first_evaluation, result.last_evaluation
-        return label, *(_figure(values, name) for values in evaluations)
+        first, last = result.first_evaluation, result.last_evaluation
+        return label, _figure(first, name), _figure(last, name)
 
     def mean_reward(samples: Samples) -> str:
         values = samples.rewards
@@ -215,7 +232,10 @@ def _show(result: Result, before: Samples, after: Samples, seconds: float) -> No
         [
             row("reward accuracy on held-out pairs", "rewards/accuracies"),
             ("ground-truth reward", mean_reward(before), mean_reward(after)),
-            ("KL(policy‖reference), nats", *(_figure(s.kl, "kl") for s in (before, after))),
+            (
+                "KL(policy‖reference), nats",
+                *(_figure(s.kl, "kl") for s in (before, after)),
+            ),
             row("chosen log-ratio, nats", "logratios/chosen"),
             row("rejected log-ratio, nats", "logratios/rejected"),
             ("training tokens/s", "", f"{result.tokens_per_second:,.0f}"),

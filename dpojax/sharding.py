@@ -39,7 +39,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """
     sizes, num_devices = [data, fsdp, tensor], jax.device_count()
     if sizes.count(-1) == 1:
-        known = -data * fsdp * tensor
+        known = max(1, -data * fsdp * tensor)
         sizes[sizes.index(-1)] = max(1, num_devices // known)
     product = sizes[0] * sizes[1] * sizes[2]
     if min(sizes) < 1 or product != num_devices:

@@ -22,7 +22,7 @@ from dpojax.losses.table import Objective
 from dpojax.metrics import Sums
 
 Params = Any
-# (params, batch) -> hidden states [rows, length, width], output matrix [vocabulary, width]
+# (params, batch) -> hidden states [rows, length, width], output [vocabulary, width]
 Apply = Callable[[Params, Batch], tuple[Array, Array]]
 TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Sums]]
 EvalStep = Callable[[Params, Params | None, Batch], Sums]
@@ -47,7 +47,8 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
-    chunk_size: int = 64,
+    chunk_size: int = 512,
+    num_shards: int = 1,
     state_shardings: Any = None,
     rows_sharding: Any = None,
 ) -> TrainStep:
@@ -58,7 +59,8 @@ def make_train_step(
       objective: the loss and what it needs.
       optimizer: its update ends in the change of the parameters.
       num_microbatches: parts into which the rows are split, one after another.
-      chunk_size: positions of each row whose logits exist at one time.
+      chunk_size: positions of each shard whose logits exist at one time.
+      num_shards: ways in which the rows are divided over devices.
       state_shardings: a sharding for each array of the state. Given, the compiler
         cannot move an array between steps and compile again for the next.
       rows_sharding: the sharding of a batch.
@@ -68,7 +70,7 @@ def make_train_step(
       the reference, parameters or None, never is. Gradients are of the mean loss over
       the whole batch; ``grad_norm`` is their norm before clipping.
     """
-    score_and_sum = _make_score_and_sum(apply, objective, chunk_size)
+    score_and_sum = _make_score_and_sum(apply, objective, chunk_size, num_shards)
     gradient = jax.value_and_grad(score_and_sum, has_aux=True)
 
     def train_step(
@@ -108,14 +110,20 @@ def make_train_step(
 
 
 def make_eval_step(
-    apply: Apply, objective: Objective, *, chunk_size: int = 64
+    apply: Apply,
+    objective: Objective,
+    *,
+    chunk_size: int = 512,
+    num_shards: int = 1,
 ) -> EvalStep:
     """Builds ``eval_step(params, reference, batch) -> sums``, jitted."""
-    score_and_sum = _make_score_and_sum(apply, objective, chunk_size)
+    score_and_sum = _make_score_and_sum(apply, objective, chunk_size, num_shards)
     return jax.jit(lambda *arguments: score_and_sum(*arguments)[1])
 
 
-def make_kl_step(apply: Apply, *, chunk_size: int = 64) -> EvalStep:
+def make_kl_step(
+    apply: Apply, *, chunk_size: int = 512, num_shards: int = 1
+) -> EvalStep:
     """Builds ``kl_step(params, reference, batch) -> sums``, jitted.
 
     On completions sampled from the policy, the mean of ``kl`` estimates the
@@ -124,20 +132,24 @@ def make_kl_step(apply: Apply, *, chunk_size: int = 64) -> EvalStep:
 
     def kl_step(params: Params, reference: Params | None, batch: Batch) -> Sums:
         policy, frozen = apply(params, batch), apply(reference, batch)
-        kl = completion_kl(policy, frozen, batch, chunk_size=chunk_size)
+        kl = completion_kl(
+            policy, frozen, batch, chunk_size=chunk_size, num_shards=num_shards
+        )
         return {"kl": metrics.moments(kl[..., 0], jnp.asarray(batch.live))}
 
     return jax.jit(kl_step)
 
 
 def _make_score_and_sum(
-    apply: Apply, objective: Objective, chunk_size: int
+    apply: Apply, objective: Objective, chunk_size: int, num_shards: int
 ) -> Callable[[Params, Params | None, Batch], tuple[Array, Sums]]:
     """The sum of the loss over a batch, and every metric's sums."""
 
     def log_probs(params: Params, batch: Batch) -> Array:
         hidden, output = apply(params, batch)
-        return completion_log_probs(hidden, output, batch, chunk_size=chunk_size)
+        return completion_log_probs(
+            hidden, output, batch, chunk_size=chunk_size, num_shards=num_shards
+        )
 
     def score_and_sum(
         params: Params, reference: Params | None, batch: Batch
@@ -178,10 +190,10 @@ def _sums(
     objective: Objective, outcome: Any, scores: list[Scores], live: Array
 ) -> Sums:
     chosen = scores[0]
-    num_tokens = sum(jnp.sum(jnp.where(live, score.length, 0)) for score in scores)
     loss = metrics.moments(outcome.loss, live)
     if objective.averaged_over == "tokens":
-        loss = metrics.Ratio(loss.total, num_tokens)
+        lengths = jnp.stack([score.length for score in scores])
+        loss = metrics.Ratio(loss.total, jnp.sum(jnp.where(live, lengths, 0)))
     sums: Sums = {"loss": loss}
     for name, score in zip(("chosen", "rejected"), scores, strict=False):
         sums |= metrics.completion_sums(name, score.policy, score.length, live)

@@ -57,6 +57,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     """A hash of every token id and boundary."""
     digest = hashlib.sha256()
     for example in examples:
+        digest.update(np.int64(len(example.completions)).tobytes())
         for tokens in (example.prompt, *example.completions):
             digest.update(np.int64(len(tokens)).tobytes() + tokens.tobytes())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetsError
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
@@ -38,8 +39,8 @@ def read_records(
 ) -> list[Record]:
     """Reads one split of a data set.
 
-    Where the data has no split of that name, "train" and "test" are cut off: the same
-    records every time, whatever else a run sets.
+    Data that has no splits, or only one called "train", is cut into "train" and "test":
+    the same records every time, whatever else a run sets.
 
     Args:
       source: a ``.jsonl``, ``.json``, ``.parquet`` or ``.arrow`` file (JSON Lines also
@@ -54,12 +55,19 @@ def read_records(
       The records, in the order of the data.
 
     Raises:
-      ValueError: naming file and line for what cannot be read, and the columns there
-        are for one that is missing.
+      ValueError: naming file and line for what cannot be read, and the columns or the
+        splits there are for one that is missing.
     """
+    if test_size < 0:
+        raise ValueError(f"test_size is {test_size}; it must not be negative.")
     splits = _read_splits(source)
-    whole = None not in splits and split in splits
-    rows = list(splits[split] if whole else _only_split(source, splits))
+    # A lone "train" is all there is: taken whole, it would hold the test split too.
+    whole = splits.keys() not in ({None}, {"train"})
+    if whole and split not in splits:
+        raise ValueError(
+            f"{source} has no split {split!r}; it has {', '.join(map(str, splits))}."
+        )
+    rows = splits[split] if whole else next(iter(splits.values()))
     if max_examples is not None and max_examples < len(rows):
         order = np.random.default_rng(0).permutation(len(rows))
         rows = [rows[index] for index in sorted(order[:max_examples])]
@@ -76,8 +84,7 @@ Row = tuple[Mapping[str, Any], str]
 def _read_splits(source: str) -> dict[str | None, list[Row]]:
     """Rows by split; None stands for data that has no splits."""
     path = Path(source)
-    suffixes = "".join(path.suffixes[-2:])
-    if path.is_file() and any(end in suffixes for end in (".jsonl", ".json")):
+    if path.is_file() and path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         return {None: list(_read_json_lines(path))}
     if path.exists() or path.suffix in (".jsonl", ".json", ".gz", ".parquet", ".arrow"):
         found = _load_local(path)
@@ -89,7 +96,8 @@ def _read_splits(source: str) -> dict[str | None, list[Row]]:
 
 
 def _rows(data: datasets.Dataset, source: str) -> list[Row]:
-    return [(row, f"{source}, row {number}") for number, row in enumerate(data)]
+    rows = enumerate(data.to_list())
+    return [(row, f"{source}, row {number}") for number, row in rows]
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
@@ -101,16 +109,25 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
                 if line.strip():
                     yield _parse(line, f"{path}, line {number}")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, after line {number}: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read after line {number}: {error}."
+        ) from error
 
 
 def _parse(line: str, origin: str) -> Row:
     try:
         row = json.loads(line)
+        if "\\ud" in line.lower():
+            # No tokenizer takes half of a surrogate pair.
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{origin} is not text: {error}.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{origin} is not JSON: {error.msg}.") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{origin} is not a JSON object with a prompt and completions.")
+        raise ValueError(
+            f"{origin} is not a JSON object with a prompt and completions."
+        )
     return row, origin
 
 
@@ -123,11 +140,13 @@ def _load_local(path: Path) -> datasets.Dataset | datasets.DatasetDict:
             assert isinstance(found, datasets.Dataset | datasets.DatasetDict)
             return found
         if path.suffix == ".parquet":
-            return datasets.Dataset.from_parquet(str(path))  # pyright: narrowed below
+            found = datasets.Dataset.from_parquet(str(path))
+            assert isinstance(found, datasets.Dataset)
+            return found
         if path.suffix == ".arrow":
             return datasets.Dataset.from_file(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"{path} cannot be read: {_first_sentence(error)}") from error
     raise ValueError(
         f"{path} is of a kind that is not read; give .jsonl, .json, .jsonl.gz, "
         ".parquet, .arrow or a directory saved by datasets."
@@ -137,22 +156,18 @@ def _load_local(path: Path) -> datasets.Dataset | datasets.DatasetDict:
 def _load_from_hub(name: str) -> datasets.DatasetDict:
     try:
         found = datasets.load_dataset(name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
-            f"There is no file {name!r}, nor a data set of that name on the hub: {reason}"
+            f"There is no file {name!r}, nor a data set of that name on the hub: "
+            f"{_first_sentence(error)}"
         ) from error
     assert isinstance(found, datasets.DatasetDict)
     return found
 
 
-def _only_split(source: str, splits: dict[str | None, list[Row]]) -> list[Row]:
-    """The rows from which train and test are cut."""
-    if None in splits:
-        return splits[None]
-    if "train" in splits:
-        return splits["train"]
-    raise ValueError(f"{source} has the splits {', '.join(map(str, splits))} only.")
+def _first_sentence(error: Exception) -> str:
+    line = str(error).partition("\n")[0]
+    return line.partition(". ")[0].removesuffix(".") + "."
 
 
 def _cut(rows: list[Row], source: str, split: str, test_size: float) -> list[Row]:
@@ -171,7 +186,8 @@ def _as_record(row: Mapping[str, Any], origin: str, num_completions: int) -> Rec
     if num_completions == 2:
         columns = ("chosen", "rejected")
     else:
-        columns = ("completion",) if "completion" in row else ("chosen",)
+        given = "chosen" in row and "completion" not in row
+        columns = ("chosen",) if given else ("completion",)
     for column in ("prompt", *columns):
         if column not in row:
             raise ValueError(_missing(column, row, origin))
@@ -179,7 +195,9 @@ def _as_record(row: Mapping[str, Any], origin: str, num_completions: int) -> Rec
     completions = tuple(_checked(row[name], name, origin) for name in columns)
     for name, completion in zip(columns, completions, strict=True):
         if not (completion.strip() if isinstance(completion, str) else completion):
-            raise ValueError(f"{origin}: {name} is empty; give a completion or remove it.")
+            raise ValueError(
+                f"{origin}: {name} is empty; give a completion or remove the record."
+            )
     if len({type(text) for text in (prompt, *completions)}) > 1:
         raise ValueError(
             f"{origin} mixes strings and chat messages; use one form for all fields."
@@ -189,8 +207,9 @@ def _as_record(row: Mapping[str, Any], origin: str, num_completions: int) -> Rec
 
 def _missing(column: str, row: Mapping[str, Any], origin: str) -> str:
     nearest = get_close_matches(column, [str(key) for key in row], n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{origin} has no {column!r}; it has {', '.join(map(str, row))}.{hint}"
+    hint = f" (is {nearest[0]!r} meant?)" if nearest else ""
+    found = ", ".join(map(str, row)) or "nothing"
+    return f"{origin} has no {column!r}; it has {found}{hint}."
 
 
 def _checked(value: Any, name: str, origin: str) -> Text:

@@ -236,6 +236,7 @@ class ReviewWriter:
         return self.choose(slot).format_map(self)
 
     def chance(self, probability: float) -> bool:
+        """Whether something of this probability happens."""
         return self.generator.random() < probability
 
     def choose(self, key: str) -> str:
@@ -246,12 +247,14 @@ class ReviewWriter:
         return choice
 
     def choose_mood(self) -> str:
+        """Whether the next opinion is good, as announced or as the review leans."""
         fresh = self.announced is None
         self.good = self.chance(self.leaning) if fresh else bool(self.announced)
         self.announced = None
         return "good" if self.good else "bad"
 
     def choose_link(self) -> str:
+        """The word that announces whether the next opinion is like the last one."""
         self.announced = self.chance(self.leaning)
         return self.choose("same link" if self.announced == self.good else "other link")
 
@@ -264,6 +267,7 @@ class ReviewWriter:
         return [*kinds[:-1], "verdict"] if self.chance(0.5) else kinds
 
     def write_review(self) -> str:
+        """The review; a writer writes only one."""
         opening = self.choose("opening")
         speakers = "we We our Our" if " and I " in opening else "I I my My"
         self.slots |= zip(("we", "We", "my", "Our"), speakers.split(), strict=True)

@@ -8,6 +8,7 @@ with EOS once. Rows and batches are not this file's concern.
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -58,8 +59,8 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
             tokenizer = _load_file(path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(f"No tokenizer can be read from {source}: {reason}") from error
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
@@ -103,7 +104,7 @@ def tokenize_records(
     if max_length < 4:
         raise ValueError(f"max_length is {max_length}; it must be at least 4.")
     prompts, completions = _texts(records, tokenizer)
-    adds_bos = _adds_bos(tokenizer)
+    adds_bos, bos = _adds_bos(tokenizer), _bos(tokenizer)
     prompt_ids = [
         _with_bos(ids, tokenizer, adds_bos and isinstance(record.prompt, str))
         for ids, record in zip(_ids(tokenizer, prompts), records, strict=True)
@@ -119,7 +120,7 @@ def tokenize_records(
                 dropped += 1
                 continue
             kept = max(max_length - longest, max_length // 2)
-            shorter = _last(prompt, kept, tokenizer.bos_token_id)
+            shorter = _last(prompt, kept, bos)
             room = max_length - len(shorter)
             cut_prompts += len(shorter) < len(prompt)
             cut_completions += sum(len(ids) > room for ids in ended)
@@ -162,7 +163,9 @@ def _load_file(path: Path) -> Tokenizer:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         text = file.read()
-    if "model" in json.loads(text):
+    content = json.loads(text)
+    # A vocabulary may hold "model" as well: GPT-2's does, and its value is an id.
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
         return PreTrainedTokenizerFast(tokenizer_object=RawTokenizer.from_str(text))
     merges = [*path.parent.glob("*.bpe"), *path.parent.glob("*merges.txt")]
     if len(merges) != 1:
@@ -184,7 +187,7 @@ def _texts(
         prompts.append(prompt)
         completions.append(
             tuple(
-                _rendered_completion(record, tokenizer, prompt, list(messages))
+                _rendered_completion(record, tokenizer, prompt, messages)
                 for messages in record.completions
             )
         )
@@ -192,7 +195,7 @@ def _texts(
 
 
 def _rendered_completion(
-    record: Record, tokenizer: Tokenizer, prompt: str, messages: Messages
+    record: Record, tokenizer: Tokenizer, prompt: str, messages: Sequence[Any]
 ) -> str:
     whole = _render(record, tokenizer, messages)
     if not whole.startswith(prompt):
@@ -215,7 +218,7 @@ def _render(record: Record, tokenizer: Tokenizer, messages: Sequence[Any]) -> st
             tokenize=False,
         )
     except (ValueError, TypeError, jinja2.TemplateError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         raise ValueError(
             f"{record.origin}: the tokenizer's chat template fails: {reason}"
         ) from error
@@ -223,7 +226,9 @@ def _render(record: Record, tokenizer: Tokenizer, messages: Sequence[Any]) -> st
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    # verbose=False: that a text is longer than the model's own limit is dealt with here.
+    # verbose=False: a text longer than the model's own limit is dealt with here.
+    if not texts:
+        return []
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -232,22 +237,34 @@ def _with_bos(ids: list[int], tokenizer: Tokenizer, adds_bos: bool) -> list[int]
 
     A chat template writes its own BOS or means to have none.
     """
-    bos = tokenizer.bos_token_id
+    bos = _bos(tokenizer)
     if not ids:
-        return [tokenizer.eos_token_id if bos is None else bos]
-    return [bos, *ids] if adds_bos and ids[0] != bos else ids
+        return [_eos(tokenizer) if bos is None else bos]
+    return [bos, *ids] if adds_bos and bos is not None and ids[0] != bos else ids
 
 
 def _adds_bos(tokenizer: Tokenizer) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][0] == bos
+    bos = _bos(tokenizer)
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _bos(tokenizer: Tokenizer) -> int | None:
+    token = tokenizer.bos_token_id
+    assert token is None or isinstance(token, int)
+    return token
+
+
+def _eos(tokenizer: Tokenizer) -> int:
+    token = tokenizer.eos_token_id
+    assert isinstance(token, int)
+    return token
 
 
 def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == tokenizer.eos_token_id:
+    end, eos = len(ids), _eos(tokenizer)
+    while end and ids[end - 1] == eos:
         end -= 1
-    return [*ids[:end], tokenizer.eos_token_id]
+    return [*ids[:end], eos]
 
 
 def _last(ids: list[int], count: int, bos: int | None) -> list[int]:

@@ -1,1 +1,1 @@
-"""Causal language models: one decoder, and its Hugging Face form. Alone imports flax."""
+"""Causal language models: a decoder, and its Hugging Face form. Alone imports flax."""

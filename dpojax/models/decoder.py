@@ -111,7 +111,12 @@ def make_model(
         return Cache(zeros(), zeros())
 
     return Model(
-        config, params, lambda key: as_function(make(key))[1], apply, extend, empty_cache
+        config,
+        params,
+        lambda key: as_function(make(key))[1],
+        apply,
+        extend,
+        empty_cache,
     )
 
 
@@ -153,7 +158,8 @@ class Decoder(nnx.Module):
         ) -> tuple[Array, None]:
             return attention(query, key, value, example, branch), cache
 
-        hidden, _ = self._blocks(batch.tokens, batch.position, attend, None)
+        tokens, position = jnp.asarray(batch.tokens), jnp.asarray(batch.position)
+        hidden, _ = self._blocks(tokens, position, attend, None)
         return hidden, self._output_matrix()
 
     def extend(
@@ -165,7 +171,6 @@ class Decoder(nnx.Module):
         offset: int | Int[Array, ""],
     ) -> tuple[Hidden, Array, Cache]:
         """Hidden states of new tokens, which enter the cache at `offset`."""
-
         prompt = jnp.zeros_like(example)  # one sequence a row, no branches
 
         def attend(

@@ -181,10 +181,10 @@ def _rope(settings: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
         scaling = None
     elif kind == "llama3":
         scaling = Llama3Rope(
-            factor=rope.pop("factor"),
-            low_frequency_factor=rope.pop("low_freq_factor"),
-            high_frequency_factor=rope.pop("high_freq_factor"),
-            original_length=rope.pop("original_max_position_embeddings"),
+            factor=_take(rope, "factor"),
+            low_frequency_factor=_take(rope, "low_freq_factor"),
+            high_frequency_factor=_take(rope, "high_freq_factor"),
+            original_length=_take(rope, "original_max_position_embeddings"),
         )
     else:
         raise ValueError(
@@ -194,3 +194,9 @@ def _rope(settings: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
     if rope:
         raise ValueError(f"config.json has unknown rotary settings {sorted(rope)}.")
     return float(theta), scaling
+
+
+def _take(rope: dict[str, Any], key: str) -> Any:
+    if key not in rope:
+        raise ValueError(f"config.json lacks the rotary setting {key}.")
+    return rope.pop(key)

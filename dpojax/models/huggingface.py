@@ -49,15 +49,20 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """The contents of ``config.json``.
 
     Raises:
-      ValueError: if the file is missing or is not JSON.
+      ValueError: if the file is missing or is not a JSON object.
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} is not a model directory: it has no config.json.")
+        raise ValueError(
+            f"{directory} is not a model directory: it has no config.json."
+        )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a JSON object; it holds {settings!r}.")
+    return settings
 
 
 def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
@@ -142,7 +147,10 @@ def _open(directory: Path, stack: ExitStack) -> dict[str, Any]:
         directory / "model.safetensors",
     )
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of shards: {error}") from error
     elif single.is_file():
         files = [single.name]
     else:
@@ -167,7 +175,7 @@ def _slice_reader(
     names: list[str],
     path: tuple,
     wanted: jax.ShapeDtypeStruct,
-) -> Callable[[Index], np.ndarray]:
+) -> Callable[[Any], np.ndarray]:
     """A function from an index into our array to its values, read from the files."""
     stacked, kernel = _is_stacked(path), _is_kernel(path)
     shape = wanted.shape[1:] if stacked else wanted.shape

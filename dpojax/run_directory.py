@@ -1,0 +1,75 @@
+"""What a run leaves on disk, apart from metrics and checkpoints.
+
+    config.py       the full configuration; `dpojax train` with this file repeats it
+    metrics.jsonl   one line of metrics a step that was logged
+    samples.jsonl   the same held-out prompts, continued before and after
+    model/          the model without its weights; with a checkpoint it makes an export
+    checkpoints/    states of training
+    final/          the trained model, in Hugging Face's form
+
+This file knows no training.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dpojax.config import TrainConfig
+from dpojax.data.tokenize import Tokenizer
+from dpojax.loading import Loaded, new_directory
+from dpojax.models.huggingface import write_settings
+
+
+def choose_directory(config: TrainConfig) -> Path:
+    """The directory of a new run, not made yet, or of the one to resume.
+
+    Raises:
+      ValueError: if a new run would write where something is, or there is none to
+        resume.
+    """
+    if config.resume:
+        if config.output is None or not (Path(config.output) / "config.py").is_file():
+            raise ValueError("--resume needs the --output of a run that has started.")
+        return Path(config.output)
+    return new_directory(config.output or default_name(config.loss))
+
+
+def default_name(kind: str) -> str:
+    """A directory named for the kind of run and the time."""
+    return f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
+    """Begins a run's directory: the model but its weights, then the configuration."""
+    frame = directory / "model"
+    frame.mkdir(parents=True, exist_ok=True)
+    write_settings(frame, loaded.settings, "float32")
+    loaded.tokenizer.save_pretrained(frame)
+    again = replace(config, output=None, stop_after=None)
+    text = (
+        '"""The configuration of a run; `dpojax train` with it repeats the run."""\n\n'
+        "from dpojax.config import MeshConfig, OptimizerConfig, TrainConfig\n\n\n"
+        f"def config() -> TrainConfig:\n    return {again!r}\n"
+    )
+    (directory / "config.py").write_text(text, encoding="utf-8")
+
+
+def write_samples(
+    directory: Path,
+    step: int,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+) -> None:
+    """Appends prompts and their completions as text."""
+    with (directory / "samples.jsonl").open("a", encoding="utf-8") as file:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            texts = {
+                "prompt": tokenizer.decode(list(prompt), skip_special_tokens=True),
+                "completion": tokenizer.decode(
+                    list(completion), skip_special_tokens=True
+                ),
+            }
+            file.write(json.dumps({"step": step} | texts) + "\n")

@@ -1,0 +1,28 @@
+"""Imitate the grammatical sentences of BLiMP: the reference for `blimp_dpo.py`.
+
+Claim: rows with empty prompts train; the first token is predicted from BOS.
+Command: dpojax train experiments/blimp_sft.py --output runs/blimp-sft
+"""
+
+import os
+from pathlib import Path
+
+from dpojax.config import OptimizerConfig, TrainConfig
+
+SHARED = Path(os.environ.get("DPOJAX_SHARED", "../shared"))
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        loss="sft",
+        model="models/small",
+        data=str(SHARED / "data" / "blimp_pairs.jsonl.gz"),
+        max_examples=20_000,
+        max_length=64,
+        batch_size=64,
+        epochs=1,
+        sample_tokens=24,
+        evaluate_every=1_000,
+        save_every=1_000,
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
+    )

@@ -1,0 +1,26 @@
+"""DPO on HH harmless-base from the SFT model of `hh_sft.py`.
+
+Claim: real, noisy preferences run to the end on two cores; what a model of this size
+learns from 2,188 pairs is little, and the standard error says how little is sure.
+Command: dpojax train experiments/hh_dpo.py --output runs/hh-dpo
+"""
+
+import os
+from pathlib import Path
+
+from dpojax.config import OptimizerConfig, TrainConfig
+
+SHARED = Path(os.environ.get("DPOJAX_SHARED", "../shared"))
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        model="runs/hh-sft/final",
+        data=str(SHARED / "data" / "hh_harmless_base_test.jsonl.gz"),
+        max_length=512,
+        batch_size=16,
+        epochs=1,
+        evaluate_every=1_000,
+        save_every=100,
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    )

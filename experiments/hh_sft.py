@@ -1,0 +1,26 @@
+"""Imitate the chosen answers of HH harmless-base: the reference for `hh_dpo.py`.
+
+Claim: a run on real multi-turn text from a new model ends well on two cores.
+Command: dpojax train experiments/hh_sft.py --output runs/hh-sft
+"""
+
+import os
+from pathlib import Path
+
+from dpojax.config import OptimizerConfig, TrainConfig
+
+SHARED = Path(os.environ.get("DPOJAX_SHARED", "../shared"))
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        loss="sft",
+        model="models/small",
+        data=str(SHARED / "data" / "hh_harmless_base_test.jsonl.gz"),
+        max_length=512,
+        batch_size=16,
+        epochs=2,
+        evaluate_every=1_000,
+        save_every=100,
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
+    )

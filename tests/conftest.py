@@ -1,0 +1,27 @@
+"""What holds for every test: four virtual CPU devices, no network, shared material."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before any test module imports jax.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_DEVICES = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Machines that are shared are slow at times, which is no failure.
+settings.register_profile("dpojax", deadline=None)
+settings.load_profile("dpojax")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The material beside the repository: oracles, tokenizers, recorded runs."""
+    beside = Path(__file__).parents[2] / "shared"
+    path = Path(os.environ.get("DPOJAX_SHARED", beside))
+    if not path.is_dir():
+        pytest.skip(f"needs the material in {path}; set DPOJAX_SHARED to where it is")
+    return path

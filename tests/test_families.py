@@ -1,0 +1,199 @@
+"""Hugging Face configs: what is read, and that nothing is silently ignored."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpojax.models.decoder import DecoderConfig, Llama3Rope, rotary_frequencies
+from dpojax.models.families import as_decoder_config, as_settings
+
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 172,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+}
+
+
+def llama(**changes: Any) -> dict[str, Any]:
+    return LLAMA | changes
+
+
+def test_a_config_is_read_into_the_decoders_shape():
+    assert as_decoder_config(LLAMA) == DecoderConfig(
+        vocabulary_size=512,
+        width=64,
+        num_layers=2,
+        num_heads=4,
+        num_key_heads=2,
+        head_dimension=16,
+        mlp_width=172,
+        norm_epsilon=1e-5,
+        rope_theta=500000.0,
+        tied_output=True,
+        max_length=1024,
+    )
+
+
+def test_absent_keys_mean_what_they_mean_in_transformers():
+    optional = {"num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
+                "rope_theta", "max_position_embeddings", "hidden_act"}  # fmt: skip
+    config = as_decoder_config({k: v for k, v in LLAMA.items() if k not in optional})
+    assert config.num_key_heads == 4
+    assert config.norm_epsilon == 1e-6
+    assert not config.tied_output
+    assert config.rope_theta == 10_000.0
+    assert config.max_length == 2048
+
+
+def test_a_head_dimension_of_its_own_is_read():
+    assert as_decoder_config(llama(head_dim=32)).head_dimension == 32
+    assert as_decoder_config(llama(head_dim=None)).head_dimension == 16
+
+
+def test_qwen2_has_biases_and_may_state_a_window_that_it_does_not_use():
+    config = as_decoder_config(
+        llama(
+            architectures=["Qwen2ForCausalLM"],
+            model_type="qwen2",
+            use_sliding_window=False,
+            sliding_window=4096,
+            max_window_layers=28,
+            layer_types=["full_attention", "full_attention"],
+        )
+    )
+    assert config.qkv_bias
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **SCALING}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **SCALING}},
+    ],
+)
+def test_rotary_settings_are_read_in_their_old_and_their_new_form(rope: dict[str, Any]):
+    settings = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    config = as_decoder_config(settings | rope)
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == Llama3Rope(
+        factor=8.0,
+        low_frequency_factor=1.0,
+        high_frequency_factor=4.0,
+        original_length=8192,
+    )
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+    ],
+)
+def test_unscaled_rotary_settings_are_read_in_every_form(rope: dict[str, Any]):
+    settings = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    config = as_decoder_config(settings | rope)
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'; supported: llama, qwen2"),
+        ({"model_type": None}, "model_type None; supported"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "TokenClassification"),
+        ({"logit_softcap": 30.0}, r"'logit_softcap' \(30.0\), which dpojax does not"),
+        ({"mlp_bias": True}, "mlp_bias = True; dpojax supports False"),
+        ({"attention_bias": True}, "attention_bias = True; dpojax supports False"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; dpojax supports 'silu'"),
+        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"pretraining_tp": 2}, "pretraining_tp = 2; dpojax supports 1"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "by 'yarn'; supported",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "by 'linear'; supported"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **SCALING, "mscale": 1.0}},
+            r"unknown rotary settings \['mscale'\]",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "lacks the rotary setting low_freq_factor",
+        ),
+    ],
+)
+def test_what_the_decoder_does_not_have_is_refused_by_name(
+    changes: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        as_decoder_config(llama(**changes))
+
+
+def test_a_sliding_window_of_qwen2_is_refused():
+    settings = llama(
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=True
+    )
+    with pytest.raises(ValueError, match="use_sliding_window = True"):
+        as_decoder_config(settings)
+
+
+def test_missing_keys_are_named():
+    settings = llama()
+    del settings["hidden_size"], settings["vocab_size"]
+    with pytest.raises(ValueError, match="lacks hidden_size, vocab_size"):
+        as_decoder_config(settings)
+
+
+def test_the_settings_of_a_new_model_read_back_as_its_config():
+    config = as_decoder_config(llama(head_dim=24, initializer_range=0.1))
+    settings = json.loads(json.dumps(as_settings(config)))
+    assert as_decoder_config(settings) == config
+
+
+@pytest.mark.parametrize("original_length", [None, 64, 8192])
+@pytest.mark.parametrize("head_dimension", [16, 128])
+def test_rotary_frequencies_equal_those_of_transformers(
+    head_dimension: int, original_length: int | None
+):
+    pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = SCALING | {"original_max_position_embeddings": original_length}
+    rope = {"rope_type": "default"} if original_length is None else scaling
+    theirs = LlamaConfig(
+        hidden_size=4 * head_dimension,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5} | rope,
+    )
+    rotary = LlamaRotaryEmbedding(theirs)
+    assert rotary.attention_scaling == 1.0
+    expected = rotary.inv_freq.numpy()
+    found = rotary_frequencies(as_decoder_config(theirs.to_dict()))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)

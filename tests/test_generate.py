@@ -1,0 +1,205 @@
+"""Sampling with a cache against full forward passes, transformers and probabilities."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from dpojax.batch import Batch
+from dpojax.generate import Generate, make_generate, pad_left, trim
+from dpojax.models.decoder import DecoderConfig, Model, make_model
+from dpojax.models.families import as_decoder_config
+from dpojax.models.functional import Params
+from dpojax.models.huggingface import read_params, read_settings
+
+CONFIG = DecoderConfig(
+    vocabulary_size=24,
+    width=32,
+    num_layers=2,
+    num_heads=4,
+    num_key_heads=2,
+    head_dimension=8,
+    mlp_width=48,
+    initializer_range=0.3,
+)
+PROMPTS = [[5, 9, 3, 17, 4, 11], [8], [12, 7, 20]]
+NUM_NEW = 8
+NEVER = -1  # an end-of-sequence token that no logit stands for
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return make_model(CONFIG, remat=False)
+
+
+@pytest.fixture(scope="module")
+def params(model: Model) -> Params:
+    return jax.jit(model.init)(jax.random.key(0))
+
+
+def make(model: Model, eos_token: int, temperature: float = 0.0) -> Generate:
+    return make_generate(
+        model.extend,
+        model.empty_cache,
+        eos_token=eos_token,
+        num_new=NUM_NEW,
+        temperature=temperature,
+    )
+
+
+def run(generate: Generate, params: Params, seed: int = 0) -> list[list[int]]:
+    prompts = pad_left(PROMPTS, 6, 3)
+    return generate(params, *prompts, jax.random.key(seed)).tolist()
+
+
+@pytest.fixture(scope="module")
+def greedy(model: Model, params: Params) -> list[list[int]]:
+    return run(make(model, NEVER), params)
+
+
+@pytest.fixture(scope="module")
+def logits_of(model: Model, params: Params):
+    """Logits after a sequence, by a full forward pass."""
+
+    @jax.jit
+    def compute(tokens: jax.Array, last: jax.Array) -> jax.Array:
+        position = jnp.arange(16)[None]
+        example = (position <= last).astype(jnp.int32)
+        zeros = jnp.zeros_like(tokens)
+        lengths = jnp.zeros((1, 1, 1), jnp.int32)
+        batch = Batch(tokens, zeros, position, example, zeros, lengths)
+        hidden, output = model.apply(params, batch)
+        return hidden[0, last] @ output.T
+
+    def logits(sequence: list[int]) -> np.ndarray:
+        tokens = jnp.array([sequence + [0] * (16 - len(sequence))], jnp.int32)
+        return np.asarray(compute(tokens, len(sequence) - 1))
+
+    return logits
+
+
+def test_greedy_decoding_equals_repeated_full_forward_passes(
+    greedy: list[list[int]], logits_of
+):
+    for prompt, found in zip(PROMPTS, greedy, strict=True):
+        sequence = list(prompt)
+        for _ in range(NUM_NEW):
+            sequence.append(int(logits_of(sequence).argmax()))
+        assert found == sequence[len(prompt) :]
+    assert len({token for row in greedy for token in row}) > 4
+
+
+def test_greedy_decoding_equals_that_of_transformers(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=24,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    theirs: Any = LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokens, is_prompt = pad_left(PROMPTS, 6, 3)
+    expected = theirs.generate(
+        torch.tensor(tokens).long(),
+        attention_mask=torch.tensor(is_prompt).long(),
+        do_sample=False,
+        max_new_tokens=NUM_NEW,
+    )
+    model = make_model(as_decoder_config(read_settings(tmp_path)), remat=False)
+    whole = SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: whole, model.params)
+    params = read_params(tmp_path, model.params, shardings)
+    assert run(make(model, NEVER), params) == expected[:, 6:].tolist()
+
+
+def test_eos_ends_a_row_and_fills_the_rest(
+    model: Model, params: Params, greedy: list[list[int]]
+):
+    eos = greedy[1][2]
+    found = run(make(model, eos), params)
+    for row, unended in zip(found, greedy, strict=True):
+        kept = trim(unended, eos)
+        assert row == kept + [eos] * (NUM_NEW - len(kept))
+        assert trim(row, eos) == kept
+    assert len(trim(found[1], eos)) <= 3
+
+
+def test_trim_keeps_the_eos_and_a_row_without_one():
+    assert trim([4, 5, 2, 2], 2) == [4, 5, 2]
+    assert trim(np.array([4, 5]), 2) == [4, 5]
+    assert trim([2], 2) == [2]
+
+
+def test_pad_left_repeats_the_last_prompt_in_rows_to_fill():
+    tokens, is_prompt = pad_left([[7, 8], [9]], 3, 3)
+    assert tokens.tolist() == [[0, 7, 8], [0, 0, 9], [0, 0, 9]]
+    assert is_prompt.tolist() == [[False, True, True]] + [[False, False, True]] * 2
+
+
+def test_a_prompt_longer_than_the_padding_is_refused():
+    with pytest.raises(ValueError, match="has 3 tokens; the rows have 2"):
+        pad_left([[7], [7, 8, 9]], 2, 2)
+
+
+@pytest.fixture(scope="module")
+def sampled(model: Model, params: Params) -> list[np.ndarray]:
+    """Two tokens of 8000 equal rows at temperature 0.7, with seeds 2, 2 and 3."""
+    generate = make_generate(
+        model.extend, model.empty_cache, eos_token=NEVER, num_new=2, temperature=0.7
+    )
+    prompts = pad_left([PROMPTS[2]], 3, 8000)
+    return [
+        np.asarray(generate(params, *prompts, jax.random.key(seed)))
+        for seed in (2, 2, 3)
+    ]
+
+
+def test_the_same_seed_gives_the_same_samples_and_another_others(
+    sampled: list[np.ndarray],
+):
+    first, again, other = sampled
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any(axis=0).all()
+
+
+def test_tokens_are_drawn_with_their_softmax_probabilities(
+    sampled: list[np.ndarray], logits_of
+):
+    """Pearson's statistic has mean 23 and variance 46: below 23 + 4 * 6.8 = 50."""
+
+    def statistic(tokens: np.ndarray, prompt: list[int]) -> float:
+        logits = logits_of(prompt).astype(np.float64) / 0.7
+        probability = np.exp(logits - logits.max())
+        expected = len(tokens) * probability / probability.sum()
+        assert expected.max() < 0.9 * len(tokens)
+        counts = np.bincount(tokens, minlength=24)
+        return float(((counts - expected) ** 2 / expected).sum())
+
+    first, second = sampled[0].T
+    assert statistic(first, PROMPTS[2]) < 50
+    most = int(np.bincount(first).argmax())
+    assert statistic(second[first == most], [*PROMPTS[2], most]) < 50
+
+
+def test_a_negative_temperature_and_no_new_tokens_are_refused(model: Model):
+    functions = model.extend, model.empty_cache
+    with pytest.raises(
+        ValueError, match="temperature is -0.5; it must not be negative"
+    ):
+        make_generate(*functions, eos_token=2, num_new=1, temperature=-0.5)
+    with pytest.raises(ValueError, match="At least one token must be generated, not 0"):
+        make_generate(*functions, eos_token=2, num_new=0)

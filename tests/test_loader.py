@@ -1,0 +1,134 @@
+"""Batches as a function of seed and step. Knows no text and no model."""
+
+import numpy as np
+import pytest
+
+from dpojax.batch import Batch
+from dpojax.data.loader import evaluation_batches, fingerprint, training_batches
+from dpojax.data.packing import Example
+
+
+def as_example(prompt: list[int], *completions: list[int]) -> Example:
+    arrays = tuple(np.array(tokens, np.int32) for tokens in completions)
+    return Example(np.array(prompt, np.int32), arrays)
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    """Ten pairs of growing length; the first label of each tells which it is."""
+    return [as_example([1, 5], [100 + n, *[7] * n, 2], [200 + n, 2]) for n in range(10)]
+
+
+def batches(examples: list[Example], **settings: int) -> list[Batch]:
+    defaults = {"batch_size": 4, "num_seen": 30, "seed": 0, "start": 0, "stop": 8}
+    return list(training_batches(examples, **(defaults | settings)))
+
+
+def numbers(batch: Batch) -> list[int]:
+    """Which examples the rows hold, empty rows left out."""
+    return [int(label) - 100 for label in batch.labels[:, 1] if label]
+
+
+def order(some: list[Batch]) -> list[int]:
+    return [number for batch in some for number in numbers(batch)]
+
+
+def assert_equal(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        for name, array in one._asdict().items():
+            np.testing.assert_array_equal(array, other._asdict()[name], err_msg=name)
+
+
+@pytest.mark.parametrize("start", [1, 3, 7])
+def test_a_run_that_starts_later_gets_the_same_batches(
+    examples: list[Example], start: int
+):
+    assert_equal(batches(examples)[start:], batches(examples, start=start))
+
+
+def test_a_run_that_stops_earlier_gets_the_same_batches(examples: list[Example]):
+    assert_equal(batches(examples)[:3], batches(examples, stop=3))
+
+
+def test_a_start_at_the_end_gives_no_batch(examples: list[Example]):
+    assert batches(examples, start=8) == []
+
+
+def test_every_epoch_sees_every_example_once_in_another_order(examples: list[Example]):
+    seen = order(batches(examples))
+    epochs = [seen[start : start + 10] for start in (0, 10, 20)]
+    assert len(seen) == 30
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_a_batch_spans_the_end_of_an_epoch_without_a_gap(examples: list[Example]):
+    assert [len(numbers(batch)) for batch in batches(examples)] == [4] * 7 + [2]
+
+
+def test_the_last_batch_is_filled_up_with_empty_rows(examples: list[Example]):
+    last = batches(examples)[-1]
+    assert last.tokens.shape[0] == 4
+    assert last.live.tolist() == [[True], [True], [False], [False]]
+    assert not any(array[2:].any() for array in last)
+
+
+def test_a_batch_larger_than_the_data_holds_several_epochs(examples: list[Example]):
+    (batch,) = batches(examples, batch_size=20, num_seen=20, stop=1)
+    assert sorted(numbers(batch)) == sorted([*range(10), *range(10)])
+
+
+def test_another_seed_gives_another_order(examples: list[Example]):
+    assert order(batches(examples)) == order(batches(examples))
+    assert order(batches(examples)) != order(batches(examples, seed=1))
+
+
+def test_the_batch_size_does_not_change_the_order(examples: list[Example]):
+    whole = batches(examples, batch_size=10, stop=3)
+    assert order(whole) == order(batches(examples))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 16])
+def test_evaluation_covers_every_example_once(examples: list[Example], batch_size: int):
+    found = list(evaluation_batches(examples, batch_size))
+    assert sorted(order(found)) == list(range(10))
+    assert len(found) == -(-10 // batch_size)
+    assert {batch.tokens.shape[0] for batch in found} == {batch_size}
+
+
+def test_evaluation_puts_examples_of_similar_length_together(examples: list[Example]):
+    mixed = [examples[n] for n in (8, 0, 3, 9, 5, 1, 7, 2, 6, 4)]
+    assert order(list(evaluation_batches(mixed, 4))) == list(range(10))
+
+
+def test_the_fingerprint_is_that_of_the_tokens(examples: list[Example]):
+    copies = [
+        Example(example.prompt.copy(), tuple(map(np.copy, example.completions)))
+        for example in examples
+    ]
+    assert fingerprint(copies) == fingerprint(examples)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [as_example([1, 6], [7, 8, 2], [9, 2])],  # a token of the prompt
+        [as_example([1, 5], [7, 8, 3], [9, 2])],  # a token of a completion
+        [as_example([1], [5, 7, 8, 2], [9, 2])],  # the end of the prompt
+        [as_example([1, 5], [7, 8], [2, 9, 2])],  # the end of a completion
+        [as_example([1, 5], [9, 2], [7, 8, 2])],  # which is chosen
+        [as_example([1, 5], [7, 8, 2, 9, 2])],  # the number of completions
+        [as_example([1, 5], [7, 8, 2], [9, 2])] * 2,  # the number of examples
+        [],
+    ],
+)
+def test_the_fingerprint_changes_with_any_token_or_boundary(other: list[Example]):
+    assert fingerprint([as_example([1, 5], [7, 8, 2], [9, 2])]) != fingerprint(other)
+
+
+def test_the_fingerprint_tells_prompts_from_completions():
+    pair = [as_example([1, 5], [7, 2], [9, 2])]
+    singles = [as_example([1, 5], [7, 2]), as_example([9, 2])]
+    others = [as_example([1, 5]), as_example([7, 2], [9, 2])]
+    assert len({fingerprint(data) for data in (pair, singles, others)}) == 3

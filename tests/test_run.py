@@ -1,0 +1,184 @@
+"""Whole runs of a tiny model: what they leave, stopping and resuming, and their errors.
+
+One short run is shared by the tests that only look at it.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dpojax.cli import _load_experiment
+from dpojax.commands import evaluate_policy, export, generate, init
+from dpojax.config import (
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    InitConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from dpojax.data.synthetic import (
+    label_pairs,
+    make_reviews,
+    make_tokenizer,
+    split_review,
+)
+from dpojax.run import Result, run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny model and sixteen pairs of the embedded reviews."""
+    directory = tmp_path_factory.mktemp("run")
+    make_tokenizer().save_pretrained(directory / "tokenizer")
+    tokenizer, model = str(directory / "tokenizer"), str(directory / "model")
+    init(InitConfig(output=model, tokenizer=tokenizer, preset="tiny"))
+    reviews = [split_review(review) for review in make_reviews(96, seed=0)]
+    openings = [opening for opening, _ in reviews[::2]]
+    groups = [[a[1], b[1]] for a, b in zip(reviews[::2], reviews[1::2], strict=True)]
+    pairs = label_pairs(openings, groups)[:20]
+    text = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    (directory / "pairs.jsonl").write_text(text, encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def config(place: Path) -> TrainConfig:
+    return TrainConfig(
+        model=str(place / "model"),
+        data=str(place / "pairs.jsonl"),
+        output=str(place / "whole"),
+        test_size=4,
+        max_length=96,
+        batch_size=4,
+        steps=4,
+        log_every=1,
+        evaluate_every=2,
+        save_every=2,
+        sample_prompts=2,
+        sample_tokens=4,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config: TrainConfig) -> Result:
+    return run(config)
+
+
+def metrics_of(directory: Path) -> list[dict]:
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [
+        {name: value for name, value in row.items() if name != "tokens_per_second"}
+        for row in rows
+    ]
+
+
+def test_a_run_leaves_what_its_documentation_says(whole: Result, config: TrainConfig):
+    directory = whole.directory
+    names = {"checkpoints", "config.py", "final", "metrics.jsonl", "model"}
+    assert {path.name for path in directory.iterdir()} == names | {"samples.jsonl"}
+    assert _load_experiment(directory / "config.py") == replace(config, output=None)
+    rows = metrics_of(directory)
+    assert [row["step"] for row in rows if row["split"] == "test"] == [0, 2, 4]
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+    samples = (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [0, 0, 4, 4]
+
+
+def test_the_first_evaluation_is_of_equal_policies(whole: Result):
+    first = whole.first_evaluation
+    assert first["rewards/accuracies"] == 0.5
+    assert first["rewards/chosen"] == 0 == first["rewards/chosen_se"]
+    assert whole.last_evaluation["loss"] != first["loss"]
+
+
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+    whole: Result, config: TrainConfig, place: Path
+):
+    parts = replace(config, output=str(place / "parts"))
+    stopped = run(replace(parts, stop_after=2))
+    assert stopped.step == 2 and not (stopped.directory / "final").exists()
+    resumed = run(replace(parts, resume=True))
+    first = load_file(whole.directory / "final" / "model.safetensors")
+    second = load_file(resumed.directory / "final" / "model.safetensors")
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name], err_msg=name)
+    assert metrics_of(whole.directory) == metrics_of(resumed.directory)
+
+
+def test_a_resumed_run_must_be_the_same_run(whole: Result, config: TrainConfig):
+    other = replace(config, resume=True, seed=1)
+    with pytest.raises(ValueError, match="cannot be resumed with another seed"):
+        run(other)
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    whole: Result, config: TrainConfig, place: Path
+):
+    bigger = str(place / "bigger")
+    tokenizer = str(place / "tokenizer")
+    init(InitConfig(output=bigger, tokenizer=tokenizer, preset="small"))
+    other = replace(config, resume=True, model=bigger)
+    with pytest.raises(ValueError, match="another model"):
+        run(other)
+
+
+def test_the_export_of_the_last_checkpoint_is_the_final_model(
+    whole: Result, place: Path
+):
+    output = str(place / "exported")
+    export(ExportConfig(run=str(whole.directory), output=output, step=4))
+    final = load_file(whole.directory / "final" / "model.safetensors")
+    exported = load_file(Path(output) / "model.safetensors")
+    assert final.keys() == exported.keys()
+    for name, array in final.items():
+        np.testing.assert_array_equal(array, exported[name])
+    with pytest.raises(ValueError, match=r"no checkpoint of step 3; it has 2, 4"):
+        nowhere = str(place / "nowhere")
+        export(ExportConfig(run=str(whole.directory), output=nowhere, step=3))
+
+
+def test_a_policy_evaluated_against_itself_has_no_kl(config: TrainConfig):
+    assert config.model is not None and config.data is not None
+    values = evaluate_policy(
+        EvalConfig(
+            model=config.model,
+            reference=config.model,
+            data=config.data,
+            test_size=4,
+            batch_size=4,
+            kl_samples=4,
+            sample_tokens=4,
+        )
+    )
+    assert values["kl"] == 0 and values["rewards/accuracies"] == 0.5
+
+
+def test_generation_continues_each_prompt(whole: Result):
+    final = str(whole.directory / "final")
+    prompts = ("On Saturday I read", "On Saturday I read a new novel")
+    texts = generate(
+        GenerateConfig(model=final, prompt=prompts, max_new_tokens=4, temperature=0.0)
+    )
+    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
+
+
+def test_a_number_that_is_none_stops_the_run_and_names_the_step(
+    config: TrainConfig, place: Path
+):
+    wild = replace(
+        config,
+        output=str(place / "wild"),
+        log_every=4,
+        sample_prompts=0,
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0),
+    )
+    with pytest.raises(FloatingPointError, match="of step 2 is nan"):
+        run(wild)

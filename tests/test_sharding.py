@@ -1,0 +1,149 @@
+"""The mesh, and the sharding of a decoder's parameters. Moves next to nothing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dpojax.models.decoder import DecoderConfig, make_model
+from dpojax.sharding import (
+    ROWS,
+    as_shardings,
+    make_mesh,
+    make_place,
+    num_row_shards,
+    rows_sharding,
+)
+
+
+def make_params(width: int = 32, vocabulary_size: int = 64) -> Any:
+    config = DecoderConfig(
+        vocabulary_size=vocabulary_size,
+        width=width,
+        num_layers=3,
+        num_heads=4,
+        num_key_heads=2,
+        head_dimension=8,
+        mlp_width=48,
+        qkv_bias=True,
+    )
+    return make_model(config).params
+
+
+def as_specs(tree: Any, mesh: jax.sharding.Mesh) -> dict[str, P]:
+    leaves = jax.tree.leaves_with_path(as_shardings(tree, mesh))
+    name = jax.tree_util.keystr
+    return {
+        name(path, simple=True, separator="/"): sharding.spec
+        for path, sharding in leaves
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, (4, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 2, 1)),
+        ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 2)),
+        ({"data": -1, "tensor": 4}, (1, 1, 4)),
+        ({"data": 1, "fsdp": 4}, (1, 4, 1)),
+    ],
+)
+def test_one_size_may_be_what_is_left_of_the_devices(
+    sizes: dict[str, int], expected: tuple[int, int, int]
+):
+    mesh = make_mesh(**sizes)
+    assert tuple(mesh.shape.values()) == expected
+    assert num_row_shards(mesh) == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 3},
+        {"data": 8},
+        {"data": -1, "fsdp": 3},
+        {"data": -1, "fsdp": 8},
+        {"data": -1, "fsdp": -1},
+        {"data": -1, "fsdp": 0},
+        {"data": 0, "fsdp": 4},
+        {"data": -2, "fsdp": -2},
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices_are_refused(sizes: dict[str, int]):
+    with pytest.raises(ValueError, match="does not fit 4 devices"):
+        make_mesh(**sizes)
+
+
+def test_rules_give_each_parameter_its_spec():
+    blocks = {
+        f"blocks/{name}/{kind}": spec
+        for names, kind, spec in [
+            (("attention/query", "attention/key", "attention/value"), "kernel",
+             P(None, "fsdp", "tensor")),
+            (("mlp/gate", "mlp/up"), "kernel", P(None, "fsdp", "tensor")),
+            (("attention/output", "mlp/down"), "kernel", P(None, "tensor", "fsdp")),
+            (("attention/query", "attention/key", "attention/value"), "bias",
+             P(None, "tensor")),
+            (("attention_norm", "mlp_norm"), "scale", P()),
+        ]
+        for name in names
+    }  # fmt: skip
+    expected = blocks | {
+        "embedding/embedding": P("tensor", "fsdp"),
+        "output/embedding": P("tensor", "fsdp"),
+        "norm/scale": P(),
+    }
+    params = make_params()
+    assert as_specs(params, make_mesh(data=2, fsdp=2)) == expected
+    assert as_specs(params, make_mesh(data=2, tensor=2)) == expected
+
+
+def test_shards_are_the_parts_that_the_mesh_says():
+    params = make_params()
+    shapes = {
+        mesh_sizes: {
+            name: as_shardings(params, make_mesh(*mesh_sizes))["blocks"]["mlp"][name][
+                "kernel"
+            ].shard_shape(params["blocks"]["mlp"][name]["kernel"].shape)
+            for name in ("up", "down")
+        }
+        for mesh_sizes in [(2, 2, 1), (2, 1, 2), (1, 2, 2)]
+    }
+    assert shapes == {
+        (2, 2, 1): {"up": (3, 16, 48), "down": (3, 48, 16)},
+        (2, 1, 2): {"up": (3, 32, 24), "down": (3, 24, 32)},
+        (1, 2, 2): {"up": (3, 16, 24), "down": (3, 24, 16)},
+    }
+
+
+def test_a_dimension_that_its_axes_do_not_divide_stays_whole():
+    specs = as_specs(make_params(30, 63), make_mesh(data=1, fsdp=4))
+    assert specs["embedding/embedding"] == P("tensor", None)
+    assert specs["blocks/mlp/up/kernel"] == P(None, None, "tensor")
+    specs = as_specs(make_params(30, 63), make_mesh(data=1, tensor=4))
+    assert specs["embedding/embedding"] == P(None, "fsdp")
+    assert specs["blocks/mlp/down/kernel"] == P(None, "tensor", "fsdp")
+
+
+def test_the_state_of_the_optimizer_is_sharded_like_its_parameters():
+    params = make_params()
+    state = jax.eval_shape(optax.adamw(1e-3).init, params)
+    mesh = make_mesh(data=2, fsdp=2)
+    wanted, shardings = as_shardings(params, mesh), as_shardings(state, mesh)
+    assert shardings[0].mu == wanted
+    assert shardings[0].nu == wanted
+    assert shardings[0].count.spec == P()
+
+
+def test_rows_are_placed_over_data_and_fsdp():
+    mesh = make_mesh(data=2, fsdp=2)
+    placed = make_place(mesh)({"tokens": jnp.arange(24).reshape(8, 3)})["tokens"]
+    assert placed.sharding == rows_sharding(mesh)
+    assert placed.sharding.spec == ROWS
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    starts = {int(shard.data[0, 0]) for shard in placed.addressable_shards}
+    assert starts == {0, 6, 12, 18}
