@@ -9,14 +9,14 @@ from dpojax.checkpoint import Checkpoints
 from dpojax.config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
 from dpojax.data.records import read_records
 from dpojax.data.tokenize import encode_prompt, load_tokenizer, tokenize_records
-from dpojax.evaluation import Place, evaluate, make_sampler, sampled_kl
+from dpojax.evaluation import evaluate, make_sampler, sampled_kl
 from dpojax.loading import load_model, load_reference, new_directory
 from dpojax.losses.table import make_loss
 from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_decoder_config, as_settings
 from dpojax.models.huggingface import read_settings, write_model
 from dpojax.progress import say, show_table
-from dpojax.sharding import as_shardings, make_mesh, make_place, num_row_shards
+from dpojax.sharding import Placement, as_shardings, make_mesh, make_placement
 from dpojax.train_step import make_eval_step
 
 # Layers, width, heads, MLP width.
@@ -29,7 +29,7 @@ _PRESETS = {
 
 class _Batching(TypedDict):
     batch_size: int
-    place: Place
+    placement: Placement
 
 
 def init(config: InitConfig) -> Path:
@@ -72,11 +72,6 @@ def init(config: InitConfig) -> Path:
 def evaluate_policy(config: EvalConfig) -> dict[str, float]:
     """Loss, accuracy, margins and KL of a policy, each with its standard error."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    if config.batch_size % num_row_shards(mesh):
-        raise ValueError(
-            f"batch_size is {config.batch_size}; it must be a multiple of the "
-            f"{num_row_shards(mesh)} row shards."
-        )
     objective = make_loss("dpo", beta=config.beta)
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     reference = load_reference(config.reference, loaded, mesh)
@@ -93,7 +88,10 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
         max_length=config.max_length,
         too_long=config.too_long,
     )
-    how: _Batching = {"batch_size": config.batch_size, "place": make_place(mesh)}
+    how: _Batching = {
+        "batch_size": config.batch_size,
+        "placement": make_placement(mesh),
+    }
     step = make_eval_step(loaded.model.apply, objective)
     values = evaluate(step, loaded.params, reference, examples, **how)
     if config.kl_samples:
@@ -117,13 +115,11 @@ def generate(config: GenerateConfig) -> list[str]:
     """Continues each prompt and prints what comes."""
     mesh = make_mesh()
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
-    shards = num_row_shards(mesh)
-    num_rows = -(-len(config.prompt) // shards) * shards
     sampler = make_sampler(
         loaded,
         num_new=config.max_new_tokens,
-        batch_size=num_rows,
-        place=make_place(mesh),
+        batch_size=len(config.prompt),
+        placement=make_placement(mesh),
         temperature=config.temperature,
     )
     prompts = [encode_prompt(prompt, loaded.tokenizer) for prompt in config.prompt]

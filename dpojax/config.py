@@ -84,7 +84,7 @@ class TrainConfig:
     batch_size: int = 64
     """Examples of an optimiser step, over all devices (paper: 64)."""
     microbatches: int = 1
-    """Parts into which a batch is split to save memory; the result is the same."""
+    """Parts into which a batch's rows are split to save memory; same result."""
     epochs: float | None = None
     """Times that each example is seen. Default: 1 (the paper's code), or `steps`."""
     steps: int | None = None

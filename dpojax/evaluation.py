@@ -1,7 +1,6 @@
 """Held-out metrics, samples, and the KL of samples. Knows no files and no training."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +11,9 @@ from dpojax.data.packing import Example, bucket_length
 from dpojax.generate import make_generate, pad_left, trim
 from dpojax.loading import Loaded
 from dpojax.progress import track
+from dpojax.sharding import Placement
 from dpojax.train_step import EvalStep, Params, make_kl_step
 
-Place = Callable[[Any], Any]  # puts host arrays, rows first, onto the devices
 # (params, prompts, seed) -> one completion of each prompt, ended by EOS if by the model
 Sampler = Callable[[Params, Sequence[Sequence[int]], int], list[list[int]]]
 
@@ -26,13 +25,13 @@ def evaluate(
     examples: Sequence[Example],
     *,
     batch_size: int,
-    place: Place,
+    placement: Placement,
 ) -> dict[str, float]:
     """The metrics of all examples, each mean with its standard error as ``_se``."""
     total: metrics.Sums | None = None
     with track("Evaluating", total=-(-len(examples) // batch_size)) as advance:
-        for batch in evaluation_batches(examples, batch_size):
-            sums = step(params, reference, place(batch))
+        for batch in evaluation_batches(examples, batch_size, placement.num_shards):
+            sums = step(params, reference, placement.put(batch))
             total = sums if total is None else metrics.add(total, sums)
             advance("")
     assert total is not None
@@ -44,7 +43,7 @@ def make_sampler(
     *,
     num_new: int,
     batch_size: int,
-    place: Place,
+    placement: Placement,
     temperature: float = 1.0,
 ) -> Sampler:
     """Builds a function that continues any number of prompts, compiled once a length.
@@ -52,8 +51,8 @@ def make_sampler(
     Args:
       loaded: the model and its tokenizer; the parameters are given at each call.
       num_new: most tokens of a completion.
-      batch_size: prompts continued at one time.
-      place: puts a batch onto the devices.
+      batch_size: prompts continued at one time, rounded up to fill the devices.
+      placement: how rows reach the devices.
       temperature: divides the logits; 0 takes the most likely token.
     """
     generate = make_generate(
@@ -64,15 +63,17 @@ def make_sampler(
         temperature=temperature,
     )
 
+    num_rows = -(-batch_size // placement.num_shards) * placement.num_shards
+
     def sample(
         params: Params, prompts: Sequence[Sequence[int]], seed: int
     ) -> list[list[int]]:
         length = bucket_length(max(map(len, prompts)))
         completions: list[list[int]] = []
-        with track("Sampling", total=-(-len(prompts) // batch_size)) as advance:
-            for start in range(0, len(prompts), batch_size):
-                some = prompts[start : start + batch_size]
-                tokens, is_prompt = place(pad_left(some, length, batch_size))
+        with track("Sampling", total=-(-len(prompts) // num_rows)) as advance:
+            for start in range(0, len(prompts), num_rows):
+                some = prompts[start : start + num_rows]
+                tokens, is_prompt = placement.put(pad_left(some, length, num_rows))
                 key = jax.random.fold_in(jax.random.key(seed), start)
                 rows = jax.device_get(generate(params, tokens, is_prompt, key))
                 completions += [
@@ -92,7 +93,7 @@ def sampled_kl(
     completions: Sequence[Sequence[int]],
     *,
     batch_size: int,
-    place: Place,
+    placement: Placement,
 ) -> dict[str, float]:
     """``kl``: KL(policy || reference) along the policy's own samples, nats a sequence.
 
@@ -103,7 +104,7 @@ def sampled_kl(
       prompts: token ids of the prompts.
       completions: token ids sampled for each.
       batch_size: completions scored at one time.
-      place: puts a batch onto the devices.
+      placement: how rows reach the devices.
     """
     examples = [
         Example(np.asarray(prompt, np.int32), (np.asarray(completion, np.int32),))
@@ -111,5 +112,5 @@ def sampled_kl(
     ]
     step = make_kl_step(loaded.model.apply)
     return evaluate(
-        step, params, reference, examples, batch_size=batch_size, place=place
+        step, params, reference, examples, batch_size=batch_size, placement=placement
     )

@@ -27,7 +27,7 @@ from dpojax.run_directory import choose_directory, write_frame, write_samples
 from dpojax.sharding import (
     as_shardings,
     make_mesh,
-    make_place,
+    make_placement,
     num_row_shards,
     rows_sharding,
 )
@@ -61,8 +61,7 @@ def run(config: TrainConfig) -> Result:
     # -- Settings that cannot work ----------------------------------------------------
     objective = _make_objective(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    num_shards = num_row_shards(mesh)
-    _check(config, num_shards)
+    _check(config)
     directory = choose_directory(config)
 
     # -- Model, data and reference ----------------------------------------------------
@@ -128,7 +127,7 @@ def run(config: TrainConfig) -> Result:
         optimizer,
         num_microbatches=config.microbatches,
         chunk_size=config.chunk_size,
-        num_shards=num_shards,
+        num_shards=num_row_shards(mesh),
         state_shardings=shardings,
         rows_sharding=rows_sharding(mesh),
     )
@@ -136,15 +135,15 @@ def run(config: TrainConfig) -> Result:
         loaded.model.apply,
         objective,
         chunk_size=config.chunk_size,
-        num_shards=num_shards,
+        num_shards=num_row_shards(mesh),
     )
 
-    place = make_place(mesh)
+    placement = make_placement(mesh)
     sampler = make_sampler(
         loaded,
         num_new=config.sample_tokens,
         batch_size=config.batch_size,
-        place=place,
+        placement=placement,
     )
     prompts = [example.prompt.tolist() for example in test[: config.sample_prompts]]
 
@@ -155,7 +154,7 @@ def run(config: TrainConfig) -> Result:
             reference,
             test,
             batch_size=config.batch_size,
-            place=place,
+            placement=placement,
         )
         log.write(step, "test", values)
         say(_line(f"test  step {step}", values))
@@ -184,10 +183,11 @@ def run(config: TrainConfig) -> Result:
         seed=config.seed,
         start=step,
         stop=stop,
+        row_multiple=config.microbatches * num_row_shards(mesh),
     )
     with track("Training", total=num_steps, done=step) as advance:
         for batch in batches:
-            state, sums = train_step(state, reference, place(batch))
+            state, sums = train_step(state, reference, placement.put(batch))
             step += 1
             pending.append((step, sums))
             tokens += int(np.count_nonzero(batch.example))
@@ -248,7 +248,7 @@ def _make_objective(config: TrainConfig) -> Objective:
     return objective
 
 
-def _check(config: TrainConfig, num_shards: int) -> None:
+def _check(config: TrainConfig) -> None:
     if config.model is None or config.data is None:
         missing = "--model" if config.model is None else "--data"
         raise ValueError(f"Training needs a model and data; {missing} is missing.")
@@ -265,11 +265,6 @@ def _check(config: TrainConfig, num_shards: int) -> None:
         raise ValueError(
             f"{config.sample_tokens} tokens of {config.sample_prompts} prompts cannot "
             "be sampled; neither may be negative, and at least one token is needed."
-        )
-    if config.batch_size % (config.microbatches * num_shards):
-        raise ValueError(
-            f"A batch of {config.batch_size} examples cannot be split evenly over "
-            f"{config.microbatches} microbatches and {num_shards} row shards."
         )
 
 

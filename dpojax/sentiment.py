@@ -33,7 +33,7 @@ from dpojax.models.huggingface import write_model
 from dpojax.progress import say, show_completions, show_table
 from dpojax.run import Result, run
 from dpojax.run_directory import default_name
-from dpojax.sharding import make_mesh, make_place
+from dpojax.sharding import make_mesh, make_placement
 
 NUM_REVIEWS = 6_000
 NUM_OPENINGS = 3_500  # continued to make the pairs
@@ -186,7 +186,7 @@ def _continue_tokens(
         loaded,
         num_new=MAX_LENGTH - 8,
         batch_size=SAMPLE_BATCH,
-        place=make_place(make_mesh()),
+        placement=make_placement(make_mesh()),
     )
     prompts = [encode_prompt(text, loaded.tokenizer) for text in openings]
     return sampler(loaded.params, prompts, seed), prompts
@@ -208,7 +208,7 @@ def _sample(
         prompts,
         completions,
         batch_size=SAMPLE_BATCH,
-        place=make_place(make_mesh()),
+        placement=make_placement(make_mesh()),
     )
     texts = _decode(policy, completions)
     whole = (opening + text for opening, text in zip(openings, texts, strict=True))

@@ -7,7 +7,8 @@ whose paths end in those of the parameters.
 
 import re
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -76,10 +77,18 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
-def make_place(mesh: Mesh) -> Callable[[Any], Any]:
-    """A function that puts host arrays, rows first, onto the devices."""
+class Placement(NamedTuple):
+    """How rows reach the devices."""
+
+    put: Callable[[Any], Any]  # host arrays, rows first, to sharded ones
+    num_shards: int  # ways in which rows are divided; their number is a multiple
+
+
+def make_placement(mesh: Mesh) -> Placement:
+    """Rows over all devices of a mesh that see different ones."""
     sharding = rows_sharding(mesh)
-    return lambda tree: jax.device_put(tree, sharding)
+    put = partial(jax.device_put, device=sharding)
+    return Placement(put, num_row_shards(mesh))
 
 
 def num_row_shards(mesh: Mesh) -> int:

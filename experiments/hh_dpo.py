@@ -21,6 +21,6 @@ def config() -> TrainConfig:
         batch_size=16,
         epochs=1,
         evaluate_every=1_000,
-        save_every=100,
-        optimizer=OptimizerConfig(learning_rate=1e-4),
+        save_every=50,
+        optimizer=OptimizerConfig(learning_rate=2e-4),
     )

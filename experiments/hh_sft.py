@@ -19,8 +19,8 @@ def config() -> TrainConfig:
         data=str(SHARED / "data" / "hh_harmless_base_test.jsonl.gz"),
         max_length=512,
         batch_size=16,
-        epochs=2,
+        epochs=1,
         evaluate_every=1_000,
-        save_every=100,
+        save_every=50,
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
     )

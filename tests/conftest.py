@@ -8,8 +8,13 @@ from hypothesis import settings
 
 # Set before any test module imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_DEVICES = "--xla_force_host_platform_device_count=4"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+_FLAGS = (
+    "--xla_force_host_platform_device_count=4",
+    # Half the time of the tests is compilation; they need no fast code.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Machines that are shared are slow at times, which is no failure.

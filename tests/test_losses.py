@@ -155,15 +155,19 @@ def test_dpo_equals_trl_and_the_authors_code(shared: Path):
     # How many there are, so that a change of the filter cannot quietly test nothing.
     assert len(cases) == 56
     for case in cases:
-        hyper, wanted = case["hyper"], case["float64"]
+        hyper, in_double = case["hyper"], "float64" in case
+        wanted = case["float64"] if in_double else case
         # TRL 1.16 accepts label_smoothing for "sigmoid" and ignores it.
         smoothing = 0.0 if case["family"] == "dpo" else hyper["label_smoothing"]
         inputs = oracle["input_sets"][case["input_set"]]
-        with jax.enable_x64(True):
-            check_case(inputs, hyper["beta"], smoothing, wanted)
+        with jax.enable_x64(in_double):  # TRL 0.24 computes in float32 only
+            tolerance = 1e-9 if in_double else 1e-5
+            check_case(inputs, hyper["beta"], smoothing, wanted, tolerance)
 
 
-def check_case(inputs: dict, beta: float, smoothing: float, wanted: dict) -> None:
+def check_case(
+    inputs: dict, beta: float, smoothing: float, wanted: dict, tolerance: float
+) -> None:
     names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     chosen, rejected, ref_chosen, ref_rejected = (np.array(inputs[n]) for n in names)
     length = np.full(len(chosen), 5)
@@ -189,5 +193,9 @@ def check_case(inputs: dict, beta: float, smoothing: float, wanted: dict) -> Non
     }
     for name, values in got.items():
         np.testing.assert_allclose(
-            np.asarray(values), wanted[name], rtol=1e-9, atol=1e-9, err_msg=name
+            np.asarray(values),
+            wanted[name],
+            rtol=tolerance,
+            atol=tolerance,
+            err_msg=name,
         )

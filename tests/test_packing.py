@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpojax.batch import Batch
-from dpojax.data.packing import Example, as_batch, bucket_length, row_length
+from dpojax.data.packing import (
+    Example,
+    as_batch,
+    bucket_length,
+    choose_row_length,
+    pack,
+    row_length,
+)
 
 
 def as_example(prompt: Sequence[int], *completions: Sequence[int]) -> Example:
@@ -95,6 +102,8 @@ def test_more_examples_than_slots_are_refused():
 def test_the_first_buckets():
     buckets = sorted({bucket_length(length) for length in range(1, 385)})
     assert buckets == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384]
+    counts = sorted({bucket_length(count, smallest=1) for count in range(1, 25)})
+    assert counts == [1, 2, 3, 4, 6, 8, 12, 16, 24]
 
 
 def test_a_bucket_is_the_smallest_that_holds_the_length():
@@ -152,3 +161,28 @@ def check_example(batch: Batch, row: int, slot: int, example: Example) -> None:
         first = len(prompt) - 1
         positions = list(range(first, first + len(completion)))
         assert batch.position[row, here].tolist() == positions
+
+
+pairs = st.builds(
+    lambda prompt, completions: as_example(prompt, *completions),
+    tokens,
+    st.lists(tokens, min_size=2, max_size=2),
+)
+
+
+@given(st.lists(pairs, min_size=1, max_size=40), st.integers(1, 4))
+def test_packing_keeps_every_example_whole(some: list[Example], multiple: int):
+    batch = pack(some, choose_row_length(some), row_multiple=multiple)
+    assert batch.tokens.shape[0] % multiple == 0
+    found = sorted(
+        tuple(batch.completion_length[row, slot].tolist())
+        for row, slot in np.argwhere(batch.live)
+    )
+    assert found == sorted(tuple(map(len, one.completions)) for one in some)
+
+
+def test_rows_of_equal_examples_are_filled():
+    example = Example(np.arange(3, dtype=np.int32), (np.arange(7, dtype=np.int32),))
+    batch = pack([example] * 8, length=36)  # each takes nine positions
+    assert batch.tokens.shape == (2, 36)
+    assert np.all(batch.example > 0)

@@ -13,7 +13,7 @@ from dpojax.sharding import (
     ROWS,
     as_shardings,
     make_mesh,
-    make_place,
+    make_placement,
     num_row_shards,
     rows_sharding,
 )
@@ -141,7 +141,9 @@ def test_the_state_of_the_optimizer_is_sharded_like_its_parameters():
 
 def test_rows_are_placed_over_data_and_fsdp():
     mesh = make_mesh(data=2, fsdp=2)
-    placed = make_place(mesh)({"tokens": jnp.arange(24).reshape(8, 3)})["tokens"]
+    placement = make_placement(mesh)
+    placed = placement.put({"tokens": jnp.arange(24).reshape(8, 3)})["tokens"]
+    assert placement.num_shards == 4
     assert placed.sharding == rows_sharding(mesh)
     assert placed.sharding.spec == ROWS
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}

@@ -1,9 +1,9 @@
 """Batches as a function of seed and step; Grain prepares them ahead.
 
 An epoch is a permutation of the examples drawn from (seed, epoch); batches follow one
-another through it without a gap, and the last one of the run is filled up with empty
-rows. The number of the step is the whole state of the data: resuming needs nothing
-else. This file knows neither text nor devices.
+another through it without a gap, and each is packed into few rows. The number of the
+step is the whole state of the data: resuming needs nothing else. This file knows
+neither text nor devices.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from dpojax.batch import Batch
-from dpojax.data.packing import Example, as_batch, bucket_length, row_length
+from dpojax.data.packing import Example, choose_row_length, pack, row_length
 
 
 def training_batches(
@@ -25,32 +25,38 @@ def training_batches(
     seed: int,
     start: int,
     stop: int,
+    row_multiple: int = 1,
 ) -> Iterator[Batch]:
     """The batches of the steps ``start, ..., stop - 1``, prepared in the background.
 
     Args:
       examples: the whole data set.
-      batch_size: rows of a batch, one example each.
-      num_seen: examples that the whole run sees; the rest of its last batch is empty.
+      batch_size: examples of a batch.
+      num_seen: examples that the whole run sees; its last batch may hold fewer.
       seed: decides the order of every epoch.
       start: first step.
       stop: one past the last step.
+      row_multiple: the number of rows is a multiple of this.
     """
+    length = choose_row_length(examples)
 
     def at(step: int) -> Batch:
         places = range(step * batch_size, min((step + 1) * batch_size, num_seen))
         chosen = [_example_at(place, len(examples), seed) for place in places]
-        return _one_per_row([examples[index] for index in chosen], batch_size)
+        return pack([examples[index] for index in chosen], length, row_multiple)
 
     steps = grain.MapDataset.range(start, stop).map(at)
     return iter(steps.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4)))
 
 
-def evaluation_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    examples: Sequence[Example], batch_size: int, row_multiple: int = 1
+) -> Iterator[Batch]:
     """Every example once, in order of length: sums do not depend on order."""
     ordered = sorted(examples, key=row_length)
     for start in range(0, len(ordered), batch_size):
-        yield _one_per_row(ordered[start : start + batch_size], batch_size)
+        some = ordered[start : start + batch_size]
+        yield pack(some, choose_row_length(some), row_multiple)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -71,13 +77,3 @@ def _example_at(place: int, num_examples: int, seed: int) -> int:
 @lru_cache(maxsize=2)  # a batch may span the end of one epoch and the next
 def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_examples)
-
-
-def _one_per_row(examples: Sequence[Example], batch_size: int) -> Batch:
-    rows = [[example] for example in examples]
-    rows += [[] for _ in range(batch_size - len(examples))]
-    return as_batch(
-        rows,
-        length=bucket_length(max(map(row_length, examples))),
-        num_completions=len(examples[0].completions),
-    )

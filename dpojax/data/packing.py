@@ -12,6 +12,7 @@ from jaxtyping import Int
 from dpojax.batch import Batch
 
 Tokens = Int[np.ndarray, " tokens"]
+MAX_SLOTS = 16  # the most examples that `pack` puts into a row
 
 
 class Example(NamedTuple):
@@ -26,16 +27,52 @@ def row_length(example: Example) -> int:
     return len(example.prompt) - 1 + sum(len(tokens) for tokens in example.completions)
 
 
-def bucket_length(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`.
+def bucket_length(length: int, smallest: int = 16) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, ... from `smallest` on that holds `length`.
 
-    A run compiles once per bucket; the steps of at most one half keep both the number
-    of programs and the padding small.
+    A run compiles once per bucket; steps of at most one half keep both the number of
+    programs and the padding small.
     """
-    bucket = 16
-    while bucket < length:
-        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
-    return bucket
+    power = 1 << (max(length, smallest) - 1).bit_length()
+    three_quarters = power * 3 // 4
+    fits = power >= 4 and three_quarters >= max(length, smallest)
+    return three_quarters if fits else power
+
+
+def choose_row_length(examples: Sequence[Example]) -> int:
+    """Positions of the rows of a data set: its longest example, or two average ones.
+
+    Longer rows leave less padding, but attention costs their length squared.
+    """
+    lengths = [row_length(example) for example in examples]
+    return bucket_length(max(max(lengths), 2 * sum(lengths) // len(lengths)))
+
+
+def pack(examples: Sequence[Example], length: int, row_multiple: int = 1) -> Batch:
+    """Lays examples out in as few rows as first-fit decreasing needs.
+
+    Args:
+      examples: what the batch holds, all with the same number of completions.
+      length: positions of a row; no example is longer.
+      row_multiple: the number of rows is a multiple of this, and of few values beside
+        it, so that a run compiles a handful of programs.
+    """
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    most = min(len(examples), MAX_SLOTS)
+    for example in sorted(examples, key=row_length, reverse=True):
+        needed = row_length(example)
+        fits = (r for r, free in enumerate(room) if free >= needed)
+        row = next((r for r in fits if len(rows[r]) < most), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(example)
+        room[row] -= needed
+    count = row_multiple * bucket_length(-(-len(rows) // row_multiple), smallest=1)
+    rows += [[] for _ in range(count - len(rows))]
+    completions = len(examples[0].completions)
+    return as_batch(rows, length=length, num_slots=most, num_completions=completions)
 
 
 def as_batch(
