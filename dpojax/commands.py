@@ -72,6 +72,11 @@ def init(config: InitConfig) -> Path:
 def evaluate_policy(config: EvalConfig) -> dict[str, float]:
     """Loss, accuracy, margins and KL of a policy, each with its standard error."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if config.batch_size < 1 or config.kl_samples < 0:
+        raise ValueError(
+            f"batch_size is {config.batch_size} and kl_samples {config.kl_samples}; "
+            "the first must be positive and the second not negative."
+        )
     objective = make_loss("dpo", beta=config.beta)
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     reference = load_reference(config.reference, loaded, mesh)

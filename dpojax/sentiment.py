@@ -36,12 +36,12 @@ from dpojax.run_directory import default_name
 from dpojax.sharding import make_mesh, make_placement
 
 NUM_REVIEWS = 6_000
-NUM_OPENINGS = 3_500  # continued to make the pairs
-COMPLETIONS_PER_OPENING = 4
+NUM_OPENINGS = 1_500  # continued to make the pairs
+COMPLETIONS_PER_OPENING = 8
 NUM_HELD_OUT = 256
 MAX_LENGTH = 48  # tokens of a review; the few longer ones are left out
 BATCH_SIZE = 16  # small batches stay in a CPU's cache, and more steps learn more
-SAMPLE_BATCH = 128
+SAMPLE_BATCH = 256
 
 
 class Samples(NamedTuple):

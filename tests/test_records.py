@@ -331,7 +331,7 @@ def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(
 def test_an_empty_file_is_refused(tmp_path: Path, text: str):
     path = tmp_path / "data.jsonl"
     path.write_text(text)
-    assert refusal(path) == f"{path} has no examples in its split 'train'."
+    assert refusal(path).startswith(f"{path} has no examples in its split 'train'")
 
 
 def test_a_cut_that_leaves_nothing_is_refused(tmp_path: Path):

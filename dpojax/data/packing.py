@@ -40,12 +40,11 @@ def bucket_length(length: int, smallest: int = 16) -> int:
 
 
 def choose_row_length(examples: Sequence[Example]) -> int:
-    """Positions of the rows of a data set: its longest example, or two average ones.
+    """Positions of the rows of a data set: what its longest example needs.
 
-    Longer rows leave less padding, but attention costs their length squared.
+    Longer rows could leave less padding, but attention costs their length squared.
     """
-    lengths = [row_length(example) for example in examples]
-    return bucket_length(max(max(lengths), 2 * sum(lengths) // len(lengths)))
+    return bucket_length(max(map(row_length, examples)))
 
 
 def pack(examples: Sequence[Example], length: int, row_multiple: int = 1) -> Batch:

@@ -74,7 +74,10 @@ def read_records(
     if not whole:
         rows = _cut(rows, source, split, test_size)
     if not rows:
-        raise ValueError(f"{source} has no examples in its split {split!r}.")
+        raise ValueError(
+            f"{source} has no examples in its split {split!r}; "
+            "give other data or another test_size."
+        )
     return [_as_record(row, origin, num_completions) for row, origin in rows]
 
 
