@@ -17,7 +17,7 @@ def config() -> TrainConfig:
         loss="sft",
         model="models/small",
         data=str(SHARED / "data" / "hh_harmless_base_test.jsonl.gz"),
-        max_length=512,
+        max_length=256,
         batch_size=16,
         epochs=1,
         evaluate_every=1_000,

@@ -205,8 +205,8 @@ def test_at_step_zero_the_loss_is_log_two_and_every_reward_exactly_zero(
     arguments = init_state(params, optimizer), reference, batch
     # As users compile it: the tests' own flags would fuse other operations.
     options = {
-        "xla_backend_optimization_level": "3",
-        "xla_llvm_disable_expensive_passes": "false",
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
     }
     compiled = step.lower(*arguments).compile(compiler_options=options)
     values = summarize(compiled(*arguments)[1])
