@@ -153,11 +153,11 @@ def _pearson(entry: Correlation) -> float:
 class MetricsFile:
     """``metrics.jsonl``: one JSON object a line, in the order of the steps."""
 
-    def __init__(self, path: Path, resume_from: int):
-        """Opens the file; lines after step `resume_from` are dropped, to come again."""
+    def __init__(self, path: Path, keep_until: int):
+        """Opens the file; lines after that step are dropped, since they come again."""
         self.path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= resume_from]
+        kept = [line for line in lines if json.loads(line)["step"] <= keep_until]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:

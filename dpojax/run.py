@@ -81,10 +81,11 @@ def run(config: TrainConfig) -> Result:
         write_frame(directory, config, loaded)
 
     # -- Schedule, optimiser and state ------------------------------------------------
-    num_seen = round(len(train) * (1 if config.epochs is None else config.epochs))
+    epochs = 1 if config.epochs is None else config.epochs
+    num_seen = max(1, round(len(train) * epochs))
     if config.steps is not None:
         num_seen = config.steps * config.batch_size
-    num_steps = max(1, math.ceil(num_seen / config.batch_size))
+    num_steps = math.ceil(num_seen / config.batch_size)
     stop = num_steps if config.stop_after is None else config.stop_after
     if stop > num_steps:
         raise ValueError(f"stop_after is {stop}, but the run has {num_steps} steps.")
@@ -112,13 +113,16 @@ def run(config: TrainConfig) -> Result:
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
     note = _note(config, train, num_seen)
     step = checkpoints.steps[-1] if config.resume and checkpoints.steps else 0
+    first: dict[str, float] = {}
+    last, last_at = first, -1  # the newest evaluation and its step
     if step:
-        _check_note(checkpoints.note(step), note, directory)
-        like = jax.tree.map(_abstract, state)
-        state = checkpoints.restore(step, like)
+        saved = checkpoints.note(step)
+        _check_note(saved, note, directory)
+        state = checkpoints.restore(step, jax.tree.map(_abstract, state))
+        last, last_at = saved["evaluation"], saved["evaluated_at"]
     if config.resume:
         say(f"Resuming {directory} at step {step}.")
-    log = metrics.MetricsFile(directory / "metrics.jsonl", resume_from=step)
+    log = metrics.MetricsFile(directory / "metrics.jsonl", keep_until=step or -1)
 
     # -- The compiled functions -------------------------------------------------------
     train_step = make_train_step(
@@ -167,11 +171,10 @@ def run(config: TrainConfig) -> Result:
 
     # -- Before the first step --------------------------------------------------------
     say(_summary(config, loaded, len(train), len(test), num_steps, mesh.shape))
-    first: dict[str, float] = {}
     if step == 0:
         first = evaluated(0)
+        last, last_at = first, 0
         sampled(0)
-    last, last_at = first, step if first else -1
 
     # -- The loop ---------------------------------------------------------------------
     pending: list[tuple[int, metrics.Sums]] = []
@@ -213,18 +216,17 @@ def run(config: TrainConfig) -> Result:
                 figures = _line("", values)
                 if due["log"]:
                     say(_line(f"train step {step}", values))
-            if due["evaluate"] or (due["save"] and last_at < 0):
+            if due["evaluate"]:
                 last, last_at = evaluated(step), step
             if due["save"]:
-                checkpoints.save(step, state, note, loss=last["loss"])
+                newest = {"evaluation": last, "evaluated_at": last_at}
+                checkpoints.save(step, state, note | newest, loss=last["loss"])
             if any(due.values()):
                 tokens, since = 0, time.perf_counter()
             advance(figures)
     checkpoints.close()
 
     # -- What remains -----------------------------------------------------------------
-    if last_at < step:
-        last = evaluated(step)
     if step == num_steps:
         sampled(step)
         write_model(

@@ -63,13 +63,15 @@ def write_samples(
     completions: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
 ) -> None:
-    """Appends prompts and their completions as text."""
-    with (directory / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            texts = {
-                "prompt": tokenizer.decode(list(prompt), skip_special_tokens=True),
-                "completion": tokenizer.decode(
-                    list(completion), skip_special_tokens=True
-                ),
-            }
-            file.write(json.dumps({"step": step} | texts) + "\n")
+    """Adds prompts and their completions as text, in place of a step's older ones."""
+    path = directory / "samples.jsonl"
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line for line in old if json.loads(line)["step"] < step]
+
+    def text(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    for prompt, completion in zip(prompts, completions, strict=True):
+        texts = {"prompt": text(prompt), "completion": text(completion)}
+        lines.append(json.dumps({"step": step} | texts))
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
