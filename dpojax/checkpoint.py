@@ -19,7 +19,12 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep_last: int = 2):
         """Opens the directory, which may be new."""
-        best = BestN(get_metric_fn=_evaluation_loss, reverse=True, n=1)
+        best = BestN(
+            get_metric_fn=_evaluation_loss,
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         policy = AnyPreservationPolicy([LatestN(keep_last), best])
         # Without best_fn Orbax does not write the metrics, and a resumed run could no
         # longer tell which checkpoint is the best.
@@ -40,19 +45,21 @@ class Checkpoints:
         """The steps that can be restored, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, note: Note, loss: float) -> None:
+    def save(self, step: int, state: Any, note: Note, loss: float | None) -> None:
         """Starts writing; training may go on at once.
 
         Args:
           step: number of steps taken.
           state: a pytree of arrays.
           note: what identifies the run.
-          loss: the evaluation loss that decides which checkpoint is best.
+          loss: the evaluation loss that decides which checkpoint is best, or None for
+            a state that was not evaluated.
         """
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note)
         )
-        self._manager.save(step, args=items, metrics={"loss": loss})
+        metrics = None if loss is None else {"loss": loss}
+        self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads a state, or what of it is in `like`, onto the shardings of `like`.

@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 2 for what the user can mend, with one sentence."""
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, FloatingPointError) as error:
-        if not _is_ours(error):
+    except (ValueError, FloatingPointError, OSError) as error:
+        if not isinstance(error, OSError) and not _is_ours(error):
             raise
         sentence = " ".join(str(error).splitlines())
         print(f"dpojax: error: {sentence}", file=sys.stderr)

@@ -8,9 +8,19 @@ import jax
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
 from dpojax.data.records import read_records
-from dpojax.data.tokenize import encode_prompt, load_tokenizer, tokenize_records
+from dpojax.data.tokenize import (
+    describe,
+    encode_prompt,
+    load_tokenizer,
+    tokenize_records,
+)
 from dpojax.evaluation import evaluate, make_sampler, sampled_kl
-from dpojax.loading import load_model, load_reference, new_directory
+from dpojax.loading import (
+    check_positions,
+    load_model,
+    load_reference,
+    new_directory,
+)
 from dpojax.losses.table import make_loss
 from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_decoder_config, as_settings
@@ -42,7 +52,7 @@ def init(config: InitConfig) -> Path:
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
     layers, width, heads, mlp_width = _PRESETS[config.preset]
     shape = DecoderConfig(
-        vocabulary_size=-(-len(tokenizer) // 128) * 128,
+        vocabulary_size=-(-(max(tokenizer.get_vocab().values()) + 1) // 128) * 128,
         width=width,
         num_layers=layers,
         num_heads=heads,
@@ -87,17 +97,20 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
         test_size=config.test_size,
         max_examples=config.max_examples,
     )
-    examples, _ = tokenize_records(
+    check_positions(loaded, config.max_length)
+    examples, counts = tokenize_records(
         records,
         loaded.tokenizer,
         max_length=config.max_length,
         too_long=config.too_long,
     )
+    say(f"{config.split}: {describe(counts)}")
     how: _Batching = {
         "batch_size": config.batch_size,
         "placement": make_placement(mesh),
     }
-    step = make_eval_step(loaded.model.apply, objective)
+    num_shards = how["placement"].num_shards
+    step = make_eval_step(loaded.model.apply, objective, num_shards=num_shards)
     values = evaluate(step, loaded.params, reference, examples, **how)
     if config.kl_samples:
         prompts = [example.prompt.tolist() for example in examples[: config.kl_samples]]
@@ -118,6 +131,8 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
 
 def generate(config: GenerateConfig) -> list[str]:
     """Continues each prompt and prints what comes."""
+    if not config.prompt:
+        raise ValueError("Give at least one prompt to continue, by --prompt.")
     mesh = make_mesh()
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     sampler = make_sampler(
@@ -128,11 +143,14 @@ def generate(config: GenerateConfig) -> list[str]:
         temperature=config.temperature,
     )
     prompts = [encode_prompt(prompt, loaded.tokenizer) for prompt in config.prompt]
+    check_positions(loaded, max(map(len, prompts)) + config.max_new_tokens)
     completions = sampler(loaded.params, prompts, config.seed)
+    # Decoded together: some tokenizers drop the space at the start of a text.
+    pairs = zip(prompts, completions, strict=True)
     decode = loaded.tokenizer.decode
-    texts = [str(decode(row, skip_special_tokens=True)) for row in completions]
-    for prompt, text in zip(config.prompt, texts, strict=True):
-        say(prompt + text)
+    texts = [str(decode([*a, *b], skip_special_tokens=True)) for a, b in pairs]
+    for text in texts:
+        say(text)
     return texts
 
 
@@ -147,7 +165,8 @@ def export(config: ExportConfig) -> Path:
         raise ValueError(f"{config.run} is not the directory of a run of dpojax train.")
     settings = read_settings(frame)
     model = make_model(as_decoder_config(settings))
-    shardings = as_shardings(model.params, make_mesh())
+    # Over all devices: what trained sharded need not fit on one of them.
+    shardings = as_shardings(model.params, make_mesh(data=1, fsdp=-1))
     like = jax.tree.map(_with_sharding, model.params, shardings)
     checkpoints = Checkpoints(frame.parent / "checkpoints")
     if config.step is None and not checkpoints.steps:

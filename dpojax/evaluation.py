@@ -110,7 +110,7 @@ def sampled_kl(
         Example(np.asarray(prompt, np.int32), (np.asarray(completion, np.int32),))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    step = make_kl_step(loaded.model.apply)
+    step = make_kl_step(loaded.model.apply, num_shards=placement.num_shards)
     return evaluate(
         step, params, reference, examples, batch_size=batch_size, placement=placement
     )

@@ -83,6 +83,16 @@ def load_reference(name: str, like: Loaded, mesh: Mesh) -> Params:
     return read_params(directory, abstract, as_shardings(abstract, mesh))
 
 
+def check_positions(loaded: Loaded, length: int) -> None:
+    """Refuses sequences longer than the model is meant for."""
+    most = loaded.model.config.max_length
+    if length > most:
+        raise ValueError(
+            f"Sequences of {length} tokens exceed the {most} positions of the model "
+            "(max_position_embeddings); allow fewer, for example by --max-length."
+        )
+
+
 def default_dtype() -> str:
     """bfloat16 where the hardware multiplies it fast."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -123,8 +123,6 @@ def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
                 values[name] = _quotient(entry.total, entry.count)
             case Correlation():
                 values[name] = _pearson(entry)
-            case _:
-                values[name] = float(entry)
     return values
 
 
@@ -156,7 +154,8 @@ class MetricsFile:
     def __init__(self, path: Path, keep_until: int):
         """Opens the file; lines after that step are dropped, since they come again."""
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = text.split("\n")[:-1]  # a line cut short by a crash has no end
         kept = [line for line in lines if json.loads(line)["step"] <= keep_until]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

@@ -27,6 +27,11 @@ def make_schedule(
             f"There is no schedule {schedule!r}; "
             f"there are {', '.join(get_args(Schedule))}."
         )
+    if learning_rate < 0 or warmup_steps < 0:
+        raise ValueError(
+            f"The learning rate {learning_rate} and the warm-up of {warmup_steps} "
+            "steps must not be negative."
+        )
     if warmup_steps > num_steps:
         raise ValueError(
             f"The warm-up of {warmup_steps} steps is longer than the run of "
@@ -65,29 +70,37 @@ def make_optimizer(
       epsilon: added to the root of the mean square.
 
     Raises:
-      ValueError: if there is no such optimiser, or RMSprop is given a weight decay,
-        which it does not have.
+      ValueError: if there is no such optimiser, a setting is out of its range, or
+        RMSprop is given one that it does not have.
     """
     if name not in get_args(Name):
         raise ValueError(
             f"There is no optimiser {name!r}; there are {', '.join(get_args(Name))}."
         )
+    if min(max_grad_norm, weight_decay, epsilon) < 0:
+        raise ValueError(
+            f"max_grad_norm {max_grad_norm}, weight_decay {weight_decay} and epsilon "
+            f"{epsilon} must not be negative."
+        )
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"beta1 {beta1} and beta2 {beta2} must be in [0, 1).")
     if name == "rmsprop":
-        if weight_decay:
+        if weight_decay or (beta1, beta2) != (0.9, 0.999):
             raise ValueError(
-                "RMSprop has no weight decay here; set it to 0 or use adamw."
+                "RMSprop has no weight decay and no beta1 or beta2 here; leave them "
+                "out or use adamw."
             )
         rule = optax.rmsprop(schedule, decay=0.99, eps=epsilon, eps_in_sqrt=False)
     else:
         rule = optax.adamw(
-            schedule, beta1, beta2, epsilon, weight_decay=weight_decay, mask=_is_matrix
+            schedule, beta1, beta2, epsilon, weight_decay=weight_decay, mask=_decay_mask
         )
     if max_grad_norm == 0:
         return rule
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)
 
 
-def _is_matrix(params: Any) -> Any:
+def _decay_mask(params: Any) -> Any:
     def decays(path: tuple, _: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return re.search(r"(scale|bias)$", name) is None

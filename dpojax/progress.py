@@ -15,7 +15,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-CONSOLE = Console(highlight=False)
+CONSOLE = Console(highlight=False, emoji=False)
 Advance = Callable[[str], None]
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ from dpojax.config import TrainConfig
 from dpojax.data.loader import fingerprint, training_batches
 from dpojax.data.packing import Example
 from dpojax.data.records import read_records
-from dpojax.data.tokenize import Tokenizer, tokenize_records
+from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
 from dpojax.evaluation import evaluate, make_sampler
-from dpojax.loading import Loaded, load_model, load_reference
+from dpojax.loading import Loaded, check_positions, load_model, load_reference
 from dpojax.losses.table import Objective, make_loss
 from dpojax.models.huggingface import write_model
 from dpojax.optimizer import make_optimizer, make_schedule
@@ -69,6 +70,7 @@ def run(config: TrainConfig) -> Result:
     loaded = load_model(
         config.model, mesh, compute_dtype=config.compute_dtype, remat=config.remat
     )
+    check_positions(loaded, config.max_length)
     train = _read_examples(config, objective, loaded.tokenizer, config.train_split)
     test = _read_examples(config, objective, loaded.tokenizer, config.test_split)
     reference = None
@@ -76,9 +78,6 @@ def run(config: TrainConfig) -> Result:
         reference = load_reference(config.reference, loaded, mesh)
     elif objective.needs_reference:
         reference = copy_params(loaded.params)
-    # Only now: what could not be read leaves no directory behind.
-    if not config.resume:
-        write_frame(directory, config, loaded)
 
     # -- Schedule, optimiser and state ------------------------------------------------
     epochs = 1 if config.epochs is None else config.epochs
@@ -113,6 +112,8 @@ def run(config: TrainConfig) -> Result:
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
     note = _note(config, train, num_seen)
     step = checkpoints.steps[-1] if config.resume and checkpoints.steps else 0
+    if step == 0:  # only now: what was refused above leaves no directory behind
+        write_frame(directory, config, loaded)
     first: dict[str, float] = {}
     last, last_at = first, -1  # the newest evaluation and its step
     if step:
@@ -146,7 +147,7 @@ def run(config: TrainConfig) -> Result:
     sampler = make_sampler(
         loaded,
         num_new=config.sample_tokens,
-        batch_size=config.batch_size,
+        batch_size=max(1, config.sample_prompts),
         placement=placement,
     )
     prompts = [example.prompt.tolist() for example in test[: config.sample_prompts]]
@@ -188,7 +189,9 @@ def run(config: TrainConfig) -> Result:
         stop=stop,
         row_multiple=config.microbatches * num_row_shards(mesh),
     )
-    with track("Training", total=num_steps, done=step) as advance:
+    figures = ""
+    bar = track("Training", total=num_steps, done=step)
+    with closing(checkpoints), bar as advance:
         for batch in batches:
             state, sums = train_step(state, reference, placement.put(batch))
             step += 1
@@ -203,7 +206,6 @@ def run(config: TrainConfig) -> Result:
                     ("save", config.save_every),
                 )
             }
-            figures = ""
             if any(due.values()):
                 values = _drain(pending)
                 speeds.append(tokens / (time.perf_counter() - since))
@@ -220,11 +222,11 @@ def run(config: TrainConfig) -> Result:
                 last, last_at = evaluated(step), step
             if due["save"]:
                 newest = {"evaluation": last, "evaluated_at": last_at}
-                checkpoints.save(step, state, note | newest, loss=last["loss"])
+                loss = last["loss"] if last_at == step else None
+                checkpoints.save(step, state, note | newest, loss)
             if any(due.values()):
                 tokens, since = 0, time.perf_counter()
             advance(figures)
-    checkpoints.close()
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:
@@ -263,6 +265,10 @@ def _check(config: TrainConfig) -> None:
     for name in positive + optional:
         if settings[name] is not None and settings[name] <= 0:
             raise ValueError(f"{name} is {settings[name]}; it must be positive.")
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}; it must not be negative.")
+    if config.epochs is not None and not math.isfinite(config.epochs):
+        raise ValueError(f"epochs is {config.epochs}; it must be a finite number.")
     if config.sample_prompts < 0 or config.sample_tokens < 1:
         raise ValueError(
             f"{config.sample_tokens} tokens of {config.sample_prompts} prompts cannot "
@@ -284,8 +290,7 @@ def _read_examples(
     examples, counts = tokenize_records(
         records, tokenizer, max_length=config.max_length, too_long=config.too_long
     )
-    told = ", ".join(f"{count} {name}" for name, count in counts._asdict().items())
-    say(f"{split}: {told.replace('_', ' ')}")
+    say(f"{split}: {describe(counts)}")
     return examples
 
 
@@ -297,7 +302,7 @@ def _make_schedule(config: TrainConfig, objective: Objective, num_steps: int) ->
         settings.schedule,
         learning_rate=objective.learning_rate if rate is None else rate,
         num_steps=num_steps,
-        warmup_steps=round(warmup * num_steps if warmup < 1 else warmup),
+        warmup_steps=math.ceil(warmup * num_steps if warmup < 1 else warmup),
     )
 
 
@@ -310,6 +315,7 @@ def _note(config: TrainConfig, train: Sequence[Example], num_seen: int) -> Note:
         "batch_size": config.batch_size,
         "examples_seen": num_seen,
         "seed": config.seed,
+        "compute_dtype": config.compute_dtype,
         "data": fingerprint(train),
         "optimizer": repr(config.optimizer),
         "reference": config.reference,

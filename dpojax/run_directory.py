@@ -65,8 +65,9 @@ def write_samples(
 ) -> None:
     """Adds prompts and their completions as text, in place of a step's older ones."""
     path = directory / "samples.jsonl"
-    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = [line for line in old if json.loads(line)["step"] < step]
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    complete = old.split("\n")[:-1]  # a line cut short by a crash has no end
+    lines = [line for line in complete if json.loads(line)["step"] < step]
 
     def text(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True))

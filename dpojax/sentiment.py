@@ -82,7 +82,8 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
 
     say(f"2/4  Sampling and labelling {COMPLETIONS_PER_OPENING} x {NUM_OPENINGS:,}")
     loaded = load_model(str(sft.directory / "final"), make_mesh(), compute_dtype=None)
-    openings = make_openings(NUM_OPENINGS, seed=seed + 1)
+    # Without repetition, so that no held-out pair has an opening that was trained on.
+    openings = list(dict.fromkeys(make_openings(NUM_OPENINGS, seed=seed + 1)))
     repeated = [text for text in openings for _ in range(COMPLETIONS_PER_OPENING)]
     sampled = iter(_continue(loaded, repeated, seed))
     groups = [[next(sampled) for _ in range(COMPLETIONS_PER_OPENING)] for _ in openings]
@@ -92,7 +93,8 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
     result = run(_dpo_config(config, directory, sft))
 
     say(f"4/4  Sampling {NUM_HELD_OUT} held-out openings before and after")
-    held_out = make_openings(NUM_HELD_OUT, seed=seed + 2)
+    fresh = dict.fromkeys(make_openings(2 * NUM_HELD_OUT, seed=seed + 2))
+    held_out = [text for text in fresh if text not in set(openings)][:NUM_HELD_OUT]
     before = _sample(loaded, loaded, held_out, seed)
     final = str(result.directory / "final")
     policy = load_model(final, make_mesh(), compute_dtype=None)

@@ -87,9 +87,8 @@ def test_five_steps_equal_those_of_torch(
         optax.constant_schedule(0.02),
         max_grad_norm=max_grad_norm,
         weight_decay=weight_decay,
-        beta1=0.8,
-        beta2=0.95,
         epsilon=1e-6,
+        **({"beta1": 0.8, "beta2": 0.95} if name == "adamw" else {}),
     )
     expected = run_torch(name, 0.02, max_grad_norm, weight_decay)
     for found, wanted in zip(run_optax(optimizer), expected, strict=True):
@@ -153,9 +152,16 @@ def test_a_warm_up_longer_than_the_run_is_refused():
         make_schedule("linear", learning_rate=1.0, num_steps=10, warmup_steps=11)
 
 
-def test_rmsprop_with_weight_decay_is_refused():
-    with pytest.raises(ValueError, match="RMSprop has no weight decay"):
-        make_optimizer("rmsprop", optax.constant_schedule(1.0), weight_decay=0.1)
+@pytest.mark.parametrize("setting", [{"weight_decay": 0.1}, {"beta2": 0.95}])
+def test_rmsprop_refuses_what_it_does_not_have(setting: dict[str, float]):
+    with pytest.raises(ValueError, match="RMSprop has no weight decay and no beta1"):
+        make_optimizer("rmsprop", optax.constant_schedule(1.0), **setting)
+
+
+@pytest.mark.parametrize("setting", [{"max_grad_norm": -1.0}, {"beta2": 1.5}])
+def test_settings_out_of_range_are_refused(setting: dict[str, float]):
+    with pytest.raises(ValueError, match="must"):
+        make_optimizer("adamw", optax.constant_schedule(1.0), **setting)
 
 
 def test_unknown_names_are_refused_with_those_there_are():

@@ -60,6 +60,8 @@ def read_records(
     """
     if test_size < 0:
         raise ValueError(f"test_size is {test_size}; it must not be negative.")
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples is {max_examples}; it must be positive.")
     splits = _read_splits(source)
     # A lone "train" is all there is: taken whole, it would hold the test split too.
     whole = splits.keys() not in ({None}, {"train"})
@@ -197,7 +199,7 @@ def _as_record(row: Mapping[str, Any], origin: str, num_completions: int) -> Rec
     prompt = _checked(row["prompt"], "prompt", origin)
     completions = tuple(_checked(row[name], name, origin) for name in columns)
     for name, completion in zip(columns, completions, strict=True):
-        if not (completion.strip() if isinstance(completion, str) else completion):
+        if _is_blank(completion):
             raise ValueError(
                 f"{origin}: {name} is empty; give a completion or remove the record."
             )
@@ -206,6 +208,16 @@ def _as_record(row: Mapping[str, Any], origin: str, num_completions: int) -> Rec
             f"{origin} mixes strings and chat messages; use one form for all fields."
         )
     return Record(prompt, completions, origin)
+
+
+def _is_blank(completion: Text) -> bool:
+    """Whether nothing is said, and no tool is called."""
+    if isinstance(completion, str):
+        return not completion.strip()
+    said = (
+        message.get("content") or message.get("tool_calls") for message in completion
+    )
+    return not any(str(part).strip() for part in said if part)
 
 
 def _missing(column: str, row: Mapping[str, Any], origin: str) -> str:

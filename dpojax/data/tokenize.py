@@ -41,6 +41,12 @@ class Counts(NamedTuple):
     dropped_identical: int  # all completions of a record are the same tokens
 
 
+def describe(counts: Counts) -> str:
+    """The counts in words."""
+    pairs = (f"{count} {name}" for name, count in counts._asdict().items())
+    return ", ".join(pairs).replace("_", " ")
+
+
 def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenizer:
     """Loads a tokenizer that is fit for training.
 

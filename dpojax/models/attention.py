@@ -1,8 +1,8 @@
 """Attention under the mask rule of the row layout.
 
 Token j is visible to token i when ``j <= i``, both belong to one example, and j stands
-in the prompt or in i's own completion. Padding is example 0 and sees only itself, so no
-softmax is empty. This file knows no parameters.
+in the prompt or in i's own completion. Padding is example 0 and sees only padding, so
+no softmax is empty. This file knows no parameters.
 """
 
 import jax
