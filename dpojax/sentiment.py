@@ -132,7 +132,7 @@ def _dpo_config(config: TrainConfig, directory: Path, sft: Result) -> TrainConfi
         test_size=256,
         max_length=MAX_LENGTH,
         batch_size=BATCH_SIZE,
-        epochs=2,
+        epochs=3,
         sample_prompts=0,
         log_every=50,
         evaluate_every=1_000,
