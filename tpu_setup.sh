@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Takes a TPU VM from bare to a working dpojax, from a checkout of this repository.
+# Takes a TPU VM that has Python 3.11 or later to a working dpojax, from a checkout of it.
 # Safe to run again. On a pod, run it on every worker:
 #   gcloud compute tpus tpu-vm ssh NAME --zone ZONE --worker=all --command 'cd dpojax && ./tpu_setup.sh'
 set -euo pipefail

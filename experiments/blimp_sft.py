@@ -2,6 +2,8 @@
 
 Claim: rows with empty prompts train; the first token is predicted from BOS.
 Command: dpojax train experiments/blimp_sft.py --output runs/blimp-sft
+Hardware and time: two CPU cores that other work shared, 13 minutes.
+Result: held-out loss 10.88 before, 3.86 nats a token after 297 steps.
 """
 
 import os

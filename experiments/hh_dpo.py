@@ -1,8 +1,9 @@
 """DPO on HH harmless-base from the SFT model of `hh_sft.py`.
 
-Claim: real, noisy preferences run to the end on two cores; what a model of this size
-learns from 2,188 pairs is little, and the standard error says how little is sure.
+Aim: real, noisy preferences on two cores. What a model of this size learns from 2,188
+pairs is little, and the standard error will say how little is sure.
 Command: dpojax train experiments/hh_dpo.py --output runs/hh-dpo
+Result: not run to the end yet.
 """
 
 import os

@@ -1,7 +1,8 @@
 """Imitate the chosen answers of HH harmless-base: the reference for `hh_dpo.py`.
 
-Claim: a run on real multi-turn text from a new model ends well on two cores.
+Aim: a run on real multi-turn text, from a new model, on two cores.
 Command: dpojax train experiments/hh_sft.py --output runs/hh-sft
+Result: not run to the end yet.
 """
 
 import os
