@@ -94,7 +94,8 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
 
     say(f"4/4  Sampling {NUM_HELD_OUT} held-out openings before and after")
     fresh = dict.fromkeys(make_openings(2 * NUM_HELD_OUT, seed=seed + 2))
-    held_out = [text for text in fresh if text not in set(openings)][:NUM_HELD_OUT]
+    trained_on = set(openings)
+    held_out = [text for text in fresh if text not in trained_on][:NUM_HELD_OUT]
     before = _sample(loaded, loaded, held_out, seed)
     final = str(result.directory / "final")
     policy = load_model(final, make_mesh(), compute_dtype=None)
@@ -104,39 +105,39 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
     return result, before, after
 
 
-def _sft_config(config: TrainConfig, directory: Path) -> TrainConfig:
+def _both(config: TrainConfig) -> TrainConfig:
+    """What the two runs share."""
     return replace(
         config,
-        loss="sft",
-        model=str(directory / "model"),
-        data=str(directory / "reviews.jsonl"),
-        output=str(directory / "sft"),
         test_size=256,
         max_length=MAX_LENGTH,
-        too_long="drop",
         batch_size=BATCH_SIZE,
         sample_prompts=0,
         log_every=50,
         evaluate_every=1_000,
         save_every=1_000,
+    )
+
+
+def _sft_config(config: TrainConfig, directory: Path) -> TrainConfig:
+    return replace(
+        _both(config),
+        loss="sft",
+        model=str(directory / "model"),
+        data=str(directory / "reviews.jsonl"),
+        output=str(directory / "sft"),
+        too_long="drop",
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", beta2=0.98),
     )
 
 
 def _dpo_config(config: TrainConfig, directory: Path, sft: Result) -> TrainConfig:
     return replace(
-        config,
+        _both(config),
         model=str(sft.directory / "final"),
         data=str(directory / "pairs.jsonl"),
         output=str(directory / "dpo"),
-        test_size=256,
-        max_length=MAX_LENGTH,
-        batch_size=BATCH_SIZE,
         epochs=3,
-        sample_prompts=0,
-        log_every=50,
-        evaluate_every=1_000,
-        save_every=1_000,
         optimizer=OptimizerConfig(learning_rate=7e-4, beta2=0.99),
     )
 
