@@ -7,9 +7,10 @@
     branch     0  0  0 |  1  1  1  1 |  2  2  2 |  0 |  1  1 ... | 0 0
 
 Every branch begins with a copy of the prompt's last token, so that each of its tokens
-predicts the next one of its own branch: ``branch > 0`` is exactly the set of scored
-positions. Token j is visible to token i when ``j <= i``, both belong to one example,
-and ``branch[j]`` is 0 or ``branch[i]``.
+predicts the next one of its own branch: ``branch > 0`` is the set of scored positions,
+but for labels of -1, another speaker's turn inside a completion. Token j is
+visible to token i when ``j <= i``, both belong to one example, and ``branch[j]`` is 0
+or ``branch[i]``.
 
 This file knows neither how text becomes tokens nor what a model does with them.
 """
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 Array = jax.Array | np.ndarray
 
@@ -31,16 +32,19 @@ class Batch(NamedTuple):
     """
 
     tokens: Int[Array, "rows length"]
-    labels: Int[Array, "rows length"]  # the token to predict; 0 where not scored
+    labels: Int[Array, "rows length"]  # the token to predict; -1 unscored, 0 outside
     position: Int[Array, "rows length"]  # of the token in its own sequence
     example: Int[Array, "rows length"]  # 1, 2, ... within the row; 0 is padding
     branch: Int[Array, "rows length"]  # 0 is the prompt; k is the k-th completion
     completion_length: Int[Array, "rows slots completions"]  # scored tokens, with EOS
+    # What the annotator said of each completion: a rating, or 1 for good and 0 for bad.
+    score: Float[Array, "rows slots completions"]
+    weight: Float[Array, "rows slots"]  # how much an example counts; 0: no example
 
     @property
     def scored(self) -> Bool[Array, "rows length"]:
         """Positions whose label counts."""
-        return self.branch > 0
+        return (self.branch > 0) & (self.labels >= 0)
 
     @property
     def live(self) -> Bool[Array, "rows slots"]:

@@ -71,7 +71,8 @@ def logits_of(model: Model, params: Params):
         example = (position <= last).astype(jnp.int32)
         zeros = jnp.zeros_like(tokens)
         lengths = jnp.zeros((1, 1, 1), jnp.int32)
-        batch = Batch(tokens, zeros, position, example, zeros, lengths)
+        supervision = jnp.zeros((1, 1, 1)), jnp.ones((1, 1))
+        batch = Batch(tokens, zeros, position, example, zeros, lengths, *supervision)
         hidden, output = model.apply(params, batch)
         return hidden[0, last] @ output.T
 

@@ -97,7 +97,8 @@ def our_logits(loaded: Loaded) -> np.ndarray:
     example = (index < jnp.array(LENGTHS)[:, None]).astype(jnp.int32)
     zeros = jnp.zeros_like(tokens)
     lengths = jnp.zeros((len(LENGTHS), 1, 1), jnp.int32)
-    batch = Batch(tokens, zeros, index * example, example, zeros, lengths)
+    supervision = jnp.zeros(lengths.shape), jnp.ones(lengths.shape[:2])
+    batch = Batch(tokens, zeros, index * example, example, zeros, lengths, *supervision)
 
     @jax.jit
     def compute(params: Params, batch: Batch) -> jax.Array:

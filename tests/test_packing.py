@@ -80,9 +80,24 @@ def test_an_empty_row_is_padding_and_is_not_live():
     assert not batch.scored[[0, 2]].any()
 
 
-def test_every_array_is_int32():
+def test_every_array_has_32_bits():
     batch = as_batch([[as_example([5, 6], [7, 2], [2])]], length=8)
-    assert {array.dtype for array in batch} == {np.dtype(np.int32)}
+    *integers, score, weight = batch
+    assert {array.dtype for array in integers} == {np.dtype(np.int32)}
+    assert score.dtype == weight.dtype == np.float32
+
+
+def test_scores_weights_and_unscored_turns_stand_beside_their_completions():
+    """The second completion's middle token is another speaker's: label -1."""
+    ids = [np.array(tokens, np.int32) for tokens in ([5, 6], [7, 2], [8, 9, 2])]
+    masks = np.array([True, True]), np.array([True, False, True])
+    example = Example(ids[0], (ids[1], ids[2]), (0.5, -2.0), 3.0, masks)
+    batch = as_batch([[example]], length=8, num_slots=2, num_completions=3)
+    assert batch.labels.tolist() == [[0, 7, 2, 8, -1, 2, 0, 0]]
+    assert batch.scored.tolist() == [[False, *[True] * 3, False, True, False, False]]
+    assert batch.completion_length.tolist() == [[[2, 2, 0], [0, 0, 0]]]
+    assert batch.score.tolist() == [[[0.5, -2.0, 0.0], [0.0, 0.0, 0.0]]]
+    assert batch.weight.tolist() == [[3.0, 0.0]]
 
 
 def test_a_row_that_is_exactly_full_is_allowed_and_one_more_position_is_refused():

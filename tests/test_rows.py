@@ -120,7 +120,8 @@ def test_a_row_written_by_hand_gives_the_log_probs_of_separate_sequences(
     arrays[:, 0, : len(lines[0])] = np.array(lines, np.int32)
     lengths = np.zeros((7, 2, 3), np.int32)
     lengths[0] = [[4, 2, 0], [2, 3, 0]]
-    row = Batch(*arrays, completion_length=lengths)
+    score, weight = np.zeros(lengths.shape), np.ones(lengths.shape[:2])
+    row = Batch(*arrays, completion_length=lengths, score=score, weight=weight)
     prompts = [[1, 5, 9, 4], [1, 3]]
     completions = [[[7, 8, 3, 2], [6, 2]], [[11, 2], [12, 13, 2]]]
     found = decoder.log_probs(decoder.params, row)[0, :, :2].ravel()

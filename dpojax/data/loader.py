@@ -14,7 +14,13 @@ import grain
 import numpy as np
 
 from dpojax.batch import Batch
-from dpojax.data.packing import Example, choose_row_length, pack, row_length
+from dpojax.data.packing import (
+    Example,
+    choose_row_length,
+    most_completions,
+    pack,
+    row_length,
+)
 
 
 def training_batches(
@@ -39,11 +45,13 @@ def training_batches(
       row_multiple: the number of rows is a multiple of this.
     """
     length = choose_row_length(examples)
+    num_completions = most_completions(examples)
 
     def at(step: int) -> Batch:
         places = range(step * batch_size, min((step + 1) * batch_size, num_seen))
         chosen = [_example_at(place, len(examples), seed) for place in places]
-        return pack([examples[index] for index in chosen], length, row_multiple)
+        batch = [examples[index] for index in chosen]
+        return pack(batch, length, row_multiple, num_completions)
 
     steps = grain.MapDataset.range(start, stop).map(at)
     return iter(steps.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4)))
@@ -54,9 +62,10 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every example once, in order of length: sums do not depend on order."""
     ordered = sorted(examples, key=row_length)
+    num_completions = most_completions(examples)
     for start in range(0, len(ordered), batch_size):
         some = ordered[start : start + batch_size]
-        yield pack(some, choose_row_length(some), row_multiple)
+        yield pack(some, choose_row_length(some), row_multiple, num_completions)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -3,11 +3,11 @@
 This file knows neither text nor where examples come from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from dpojax.batch import Batch
 
@@ -16,10 +16,14 @@ MAX_SLOTS = 16  # the most examples that `pack` puts into a row
 
 
 class Example(NamedTuple):
-    """A prompt of at least one token, and its completions."""
+    """A prompt of at least one token, its completions, and what was said of them."""
 
     prompt: Tokens
     completions: tuple[Tokens, ...]
+    scores: tuple[float, ...] | None = None  # ratings, or 1 for good and 0 for bad
+    weight: float = 1.0  # how much the example counts
+    # Which tokens of each completion are scored; None: all of them.
+    masks: tuple[Bool[np.ndarray, " tokens"], ...] | None = None
 
 
 def row_length(example: Example) -> int:
@@ -47,14 +51,21 @@ def choose_row_length(examples: Sequence[Example]) -> int:
     return bucket_length(max(map(row_length, examples)))
 
 
-def pack(examples: Sequence[Example], length: int, row_multiple: int = 1) -> Batch:
+def pack(
+    examples: Sequence[Example],
+    length: int,
+    row_multiple: int = 1,
+    num_completions: int | None = None,
+) -> Batch:
     """Lays examples out in as few rows as first-fit decreasing needs.
 
     Args:
-      examples: what the batch holds, all with the same number of completions.
+      examples: what the batch holds.
       length: positions of a row; no example is longer.
       row_multiple: the number of rows is a multiple of this, and of few values beside
         it, so that a run compiles a handful of programs.
+      num_completions: the most completions of an example, of the whole data set so that
+        all its batches have one shape; by default of these examples.
     """
     rows: list[list[Example]] = []
     room: list[int] = []
@@ -70,8 +81,16 @@ def pack(examples: Sequence[Example], length: int, row_multiple: int = 1) -> Bat
         room[row] -= needed
     count = row_multiple * bucket_length(-(-len(rows) // row_multiple), smallest=1)
     rows += [[] for _ in range(count - len(rows))]
-    completions = len(examples[0].completions)
-    return as_batch(rows, length=length, num_slots=most, num_completions=completions)
+    if num_completions is None:
+        num_completions = most_completions(examples)
+    return as_batch(
+        rows, length=length, num_slots=most, num_completions=num_completions
+    )
+
+
+def most_completions(examples: Sequence[Example]) -> int:
+    """The most completions that an example has."""
+    return max(len(example.completions) for example in examples)
 
 
 def as_batch(
@@ -90,14 +109,17 @@ def as_batch(
       num_completions: the most completions of an example.
 
     Returns:
-      The batch, as NumPy int32 arrays.
+      The batch, as NumPy arrays, int32 and float32.
 
     Raises:
       ValueError: if a row's examples do not fit.
     """
     shape = (len(rows), length)
     tokens, labels, position, example, branch = np.zeros((5, *shape), np.int32)
-    lengths = np.zeros((len(rows), num_slots, num_completions), np.int32)
+    slots = (len(rows), num_slots)
+    lengths = np.zeros((*slots, num_completions), np.int32)
+    scores = np.zeros(lengths.shape, np.float32)
+    weights = np.zeros(slots, np.float32)
     for row, examples in enumerate(rows):
         needed = sum(map(row_length, examples))
         if needed > length or len(examples) > num_slots:
@@ -106,17 +128,28 @@ def as_batch(
                 f"it has {num_slots} slots and {length} positions."
             )
         start = 0
-        for slot, (prompt, completions) in enumerate(examples):
-            segments = [(0, prompt[:-1], np.zeros(len(prompt) - 1, np.int32))]
-            for k, completion in enumerate(completions, start=1):
-                inputs = np.concatenate([prompt[-1:], completion[:-1]])
-                segments.append((k, inputs, completion))
-                lengths[row, slot, k - 1] = len(completion)
-            for number, inputs, targets in segments:
+        for slot, packed in enumerate(examples):
+            weights[row, slot] = packed.weight
+            if packed.scores is not None:
+                scores[row, slot, : len(packed.scores)] = packed.scores
+            for number, inputs, targets in _segments(packed):
                 here = slice(start, start + len(inputs))
-                first = 0 if number == 0 else len(prompt) - 1
+                first = 0 if number == 0 else len(packed.prompt) - 1
                 tokens[row, here], labels[row, here] = inputs, targets
                 position[row, here] = np.arange(first, first + len(inputs))
                 example[row, here], branch[row, here] = slot + 1, number
+                if number:
+                    lengths[row, slot, number - 1] = np.count_nonzero(targets >= 0)
                 start = here.stop
-    return Batch(tokens, labels, position, example, branch, lengths)
+    return Batch(tokens, labels, position, example, branch, lengths, scores, weights)
+
+
+def _segments(example: Example) -> Iterator[tuple[int, Tokens, Tokens]]:
+    """Branch number, inputs and labels: the prompt's, then each completion's."""
+    prompt = example.prompt
+    yield 0, prompt[:-1], np.zeros(len(prompt) - 1, np.int32)
+    for index, completion in enumerate(example.completions):
+        labels = completion
+        if example.masks is not None:
+            labels = np.where(example.masks[index], completion, -1)
+        yield index + 1, np.concatenate([prompt[-1:], completion[:-1]]), labels

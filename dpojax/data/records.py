@@ -22,11 +22,15 @@ Text = str | Messages
 
 
 class Record(NamedTuple):
-    """A prompt and its completions, the preferred one first."""
+    """A prompt, its completions, and what an annotator said of them."""
 
     prompt: Text
-    completions: tuple[Text, ...]
+    completions: tuple[Text, ...]  # of a pair, the preferred one first
     origin: str  # where it came from, for error messages
+    # Of each completion: a rating, or 1 for good and 0 for bad.
+    scores: tuple[float, ...] | None = None
+    weight: float = 1.0  # how much the record counts
+    tools: list[dict[str, Any]] | None = None  # schemas, for the chat template
 
 
 def read_records(
