@@ -1,9 +1,12 @@
 """DPO on HH harmless-base from the SFT model of `hh_sft.py`.
 
-Aim: real, noisy preferences on two cores. What a model of this size learns from 2,188
-pairs is little, and the standard error will say how little is sure.
+Claim: real, noisy preferences on two cores move a model of this size the right way, and
+the standard error says how little 2,188 pairs make sure.
 Command: dpojax train experiments/hh_dpo.py --output runs/hh-dpo
-Result: not run to the end yet.
+Hardware and time: two CPU cores that other work shared, 7 minutes.
+Result: `dpojax eval --model runs/hh-dpo/final --reference runs/hh-sft/final --data DATA
+--max-length 256`: accuracy 0.635 ± 0.045 on 115 held-out pairs, loss 0.676 ± 0.036,
+margin 0.161 ± 0.071, KL on own samples 4.3 ± 0.2 nats.
 """
 
 import os

