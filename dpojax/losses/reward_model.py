@@ -1,0 +1,34 @@
+"""The loss of a reward model: `Scores.policy` are its rewards, not log-probabilities.
+
+Nothing here knows a model or a batch layout.
+"""
+
+from jax.nn import log_sigmoid
+
+from dpojax.losses.scores import Outcome, Scores
+
+
+def bradley_terry(chosen: Scores, rejected: Scores, *, center: float = 0.0) -> Outcome:
+    """Maximum likelihood of preferences under Bradley and Terry's model.
+
+    ``-log sigmoid(r_chosen - r_rejected - margin) + center (r_chosen + r_rejected)^2``.
+    The margin is the difference of the annotators' scores where the data have them.
+
+    Args:
+      chosen: rewards of the preferred completions; each ``[*batch]``.
+      rejected: of the others, likewise.
+      center: draws the rewards' mean to 0; 0.01 by Eisenstein et al.
+
+    Returns:
+      Loss and rewards, each ``[*batch]``.
+
+    References:
+      Ouyang et al., InstructGPT, 2022, arXiv:2203.02155, eq. 1; Touvron et al.,
+      Llama 2, 2023, arXiv:2307.09288, eq. 2 (margin); Eisenstein et al., Helping or
+      Herding?, 2023, arXiv:2312.09244, section 3 (centring).
+    """
+    good, bad = chosen.policy, rejected.policy
+    margin = good - bad
+    if chosen.score is not None and rejected.score is not None:
+        margin -= chosen.score - rejected.score
+    return Outcome(-log_sigmoid(margin) + center * (good + bad) ** 2, (good, bad))
