@@ -1,6 +1,5 @@
 """The `dpojax` command: parsing and calls, nothing else."""
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ from dpojax.config import (
     ExportConfig,
     GenerateConfig,
     InitConfig,
+    LossesConfig,
     TrainConfig,
 )
+from dpojax.user_code import load_names
 
 _PACKAGE = str(Path(__file__).parent)
 
@@ -38,6 +39,7 @@ def _dispatch(arguments: list[str]) -> None:
     commands = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
         | Annotated[InitConfig, tyro.conf.subcommand("init")]
         | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
@@ -49,12 +51,14 @@ def _dispatch(arguments: list[str]) -> None:
     from dpojax.sentiment import run_sentiment
 
     match config:
-        case TrainConfig(model=None, data=None):
+        case TrainConfig(model=None, data=()):
             run_sentiment(config)
         case TrainConfig():
             run(config)
         case EvalConfig():
             command.evaluate_policy(config)
+        case LossesConfig():
+            command.losses(config)
         case InitConfig():
             command.init(config)
         case GenerateConfig():
@@ -65,12 +69,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _load_experiment(path: Path) -> TrainConfig:
     """The configuration that a Python file's ``config()`` returns."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"There is no experiment file {path}.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make = vars(module).get("config")
+    make = load_names(path, "experiment").get("config")
     made = make() if callable(make) else None
     if not isinstance(made, TrainConfig):
         raise ValueError(f"{path} has no function config() that returns a TrainConfig.")

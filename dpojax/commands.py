@@ -6,25 +6,28 @@ from typing import TypedDict
 import jax
 
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
-from dpojax.data.records import read_records
-from dpojax.data.tokenize import (
-    describe,
-    encode_prompt,
-    load_tokenizer,
-    tokenize_records,
+from dpojax.config import (
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    InitConfig,
+    LossesConfig,
 )
+from dpojax.data.packing import with_mismatched
+from dpojax.data.tokenize import encode_prompt, load_tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sampled_kl
 from dpojax.loading import (
     check_positions,
     load_model,
     load_reference,
+    load_reward_model,
     new_directory,
 )
-from dpojax.losses.table import make_loss
 from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_decoder_config, as_settings
 from dpojax.models.huggingface import read_settings, write_model
+from dpojax.objective_table import HEADER, LEGEND, as_markdown, table_rows
+from dpojax.prepare import load_examples, make_configured_loss
 from dpojax.progress import say, show_table
 from dpojax.sharding import Placement, as_shardings, make_mesh, make_placement
 from dpojax.train_step import make_eval_step
@@ -81,52 +84,72 @@ def init(config: InitConfig) -> Path:
 
 def evaluate_policy(config: EvalConfig) -> dict[str, float]:
     """Loss, accuracy, margins and KL of a policy, each with its standard error."""
+    loss = make_configured_loss(config.loss)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if config.batch_size < 1 or config.kl_samples < 0:
         raise ValueError(
             f"batch_size is {config.batch_size} and kl_samples {config.kl_samples}; "
             "the first must be positive and the second not negative."
         )
-    objective = make_loss("dpo", beta=config.beta)
-    loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
-    reference = load_reference(config.reference, loaded, mesh)
-    records = read_records(
+    if config.reference is None and "reference" in loss.needs:
+        raise ValueError(f"The loss {loss.name!r} needs a --reference.")
+    load = load_reward_model if "reward_head" in loss.needs else load_model
+    loaded = load(config.model, mesh, compute_dtype=config.compute_dtype)
+    reference = None
+    if config.reference is not None:
+        reference = load_reference(config.reference, loaded, mesh)
+    check_positions(loaded, config.max_length)
+    examples = load_examples(
         config.data,
+        loss,
+        loaded.tokenizer,
         split=config.split,
-        num_completions=2,
+        columns=config.columns,
         test_size=config.test_size,
         max_examples=config.max_examples,
-    )
-    check_positions(loaded, config.max_length)
-    examples, counts = tokenize_records(
-        records,
-        loaded.tokenizer,
+        pairs_from=config.pairs_from,
         max_length=config.max_length,
         too_long=config.too_long,
+        turns=config.turns,
     )
-    say(f"{config.split}: {describe(counts)}")
+    if "mismatched" in loss.needs:
+        examples = with_mismatched(examples, config.max_length)
     how: _Batching = {
         "batch_size": config.batch_size,
         "placement": make_placement(mesh),
     }
     num_shards = how["placement"].num_shards
-    step = make_eval_step(loaded.model.apply, objective, num_shards=num_shards)
+    step = make_eval_step(loaded.model.apply, loss, num_shards=num_shards)
     values = evaluate(step, loaded.params, reference, examples, **how)
-    if config.kl_samples:
+    if config.kl_samples and reference is not None:
         prompts = [example.prompt.tolist() for example in examples[: config.kl_samples]]
         sampler = make_sampler(loaded, num_new=config.sample_tokens, **how)
         completions = sampler(loaded.params, prompts, config.seed)
         values |= sampled_kl(
             loaded, loaded.params, reference, prompts, completions, **how
         )
-    title = f"{config.model} on {len(examples):,} pairs of {config.data}"
+    title = (
+        f"{loss.name} of {config.model} on {len(examples):,} examples of "
+        f"{', '.join(config.data)}"
+    )
     rows = [
         (name, f"{value:.4f}", f"{values[name + '_se']:.4f}")
-        for name, value in values.items()
         if name + "_se" in values
+        else (name, f"{value:.4f}", "")
+        for name, value in values.items()
+        if not name.endswith("_se")
     ]
     show_table(title, ("", "mean", "standard error"), rows)
     return values
+
+
+def losses(config: LossesConfig) -> None:
+    """Prints the table of objectives."""
+    if config.markdown:
+        say(as_markdown())
+        return
+    show_table("Objectives", HEADER, table_rows())
+    say(LEGEND)
 
 
 def generate(config: GenerateConfig) -> list[str]:

@@ -17,7 +17,7 @@ class OptimizerConfig:
     name: Literal["adamw", "rmsprop"] = "adamw"
     """AdamW as in TRL and published runs since Zephyr; RMSprop is the DPO paper's."""
     learning_rate: float | None = None
-    """Peak rate. Default: the objective's, 1e-6 for dpo (paper), 2e-5 for sft (TRL)."""
+    """Peak rate. Default: the objective's, as `dpojax losses` prints it."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """What follows the warm-up: linear (TRL) or cosine to 0, or constant (paper)."""
     warmup_steps: float = 0.1
@@ -47,26 +47,97 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective and its settings; those left at None keep the objective's default.
+
+    `dpojax losses` prints all objectives, what each takes, and the defaults.
+    """
+
+    name: Annotated[str, tyro.conf.arg(name="")] = "dpo"
+    """Objective, a weighted sum such as 0.8*dpo+0.2*sft, or my_file.py:my_loss."""
+    beta: Annotated[float | None, tyro.conf.arg(aliases=("--beta",))] = None
+    """Strength of the KL constraint, per nat, or scale of the reward."""
+    label_smoothing: float | None = None
+    """Probability that a label is flipped."""
+    average: bool | None = None
+    """Average log-ratios over tokens (ipo)."""
+    alpha: float | None = None
+    """Weight or temperature that the paper calls alpha or lambda (many losses)."""
+    gamma: float | None = None
+    """Margin (simnpo)."""
+    gamma_beta_ratio: float | None = None
+    """Target margin over beta (simpo, cpo_simpo, alphapo)."""
+    tau: float | None = None
+    """Temperature of the modulation (discopop)."""
+    delta: float | None = None
+    """Margin of likelihoods, nats (slic_hf)."""
+    penalty: float | None = None
+    """Weight of what the chosen completion lost (dpop)."""
+    rho: float | None = None
+    """Share of a batch that is left out (beta_dpo)."""
+    desirable_weight: float | None = None
+    """Weight of desirable completions (kto)."""
+    undesirable_weight: float | None = None
+    """Weight of undesirable completions (kto)."""
+    center: float | None = None
+    """Draws the rewards' mean to 0 (bradley_terry)."""
+    margin_scale: float | None = None
+    """Difference of scores to margin of rewards (bradley_terry)."""
+    divergence: str | None = None
+    """reverse_kl, forward_kl, js_divergence or alpha_divergence (f_dpo and others)."""
+    divergence_alpha: float | None = None
+    """Order of the alpha divergence."""
+    ld_alpha: float | None = None
+    """Weight of tokens beyond the shorter completion (ld_dpo and other pairs)."""
+    weighting: str | None = None
+    """WPO's weights of pairs: aligned or likelihood (wpo and other pairs)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingConfig:
+    """A reference that follows the policy."""
+
+    kind: Annotated[Literal["none", "tr_dpo", "bema"], tyro.conf.arg(name="")] = "none"
+    """Not at all; Trust Region DPO's mixing; or a bias-corrected moving average."""
+    every: int | None = None
+    """Steps between its moves. Default: 512 for tr_dpo, 400 for bema (both TRL's)."""
+    alpha: float | None = None
+    """Weight of the policy (tr_dpo). Default: 0.6; 1 replaces the reference."""
+    ema_power: float | None = None
+    """Decay of the average's step size (bema). Default: 0.5."""
+    bias_power: float | None = None
+    """Decay of the correction (bema). Default: 0.2."""
+    lag: float | None = None
+    """Virtual age of the average at the start, in steps (bema). Default: 10."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a policy. Without a model and data: the embedded sentiment task."""
 
     model: str | None = None
     """Policy to start from: a model directory or a Hugging Face hub name."""
-    data: str | None = None
-    """JSON Lines (.gz too), Parquet or Arrow file, saved directory, or hub name."""
+    data: tuple[str, ...] = ()
+    """JSON Lines (.gz too), Parquet or Arrow files, saved directories, or hub names."""
+    data_weights: tuple[float, ...] = ()
+    """For each of several: the share of it that is used, above 1 repeating it."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our names of columns and the data's, as: prompt question chosen answer."""
     output: str | None = None
     """Run directory, new. Default: runs/ with the loss and the time."""
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
 
-    loss: str = "dpo"
-    """Objective: dpo or sft."""
-    beta: float | None = None
-    """Strength of the KL constraint, per nat. Default: the objective's, 0.1 for dpo."""
-    label_smoothing: float | None = None
-    """Probability that a label is flipped (cDPO). Default: 0."""
+    loss: LossConfig = field(default_factory=LossConfig)
     reference: str | None = None
-    """Frozen reference model. Default: the policy as it is at step 0."""
+    """Reference model. Default: the policy as it is at step 0."""
+    moving: MovingConfig = field(default_factory=MovingConfig)
+    pairs_from: Literal["best_worst", "all", "rso"] = "best_worst"
+    """How a loss of pairs takes ranked or scored completions; rso: by rejection."""
+    rejection_beta: float = 0.5
+    """Temperature of rso's rejection sampling; 0.5 in its paper."""
+    turns: Literal["all", "assistant"] = "all"
+    """What of a chat's completion is scored: everything, or the assistant's turns."""
 
     train_split: str = "train"
     """Split trained on; cut off the data if it has none of that name."""
@@ -124,10 +195,12 @@ class EvalConfig:
 
     model: str
     """Policy: a model directory or a hub name."""
-    reference: str
-    """Reference model, likewise."""
-    data: str
+    reference: str | None = None
+    """Reference model, likewise; for losses and a KL that need one."""
+    data: tuple[str, ...]
     """Preference data, as for train."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """As in training."""
     split: str = "test"
     """Split evaluated on; cut off the data as train does if it has none."""
     test_size: float = 0.05
@@ -138,8 +211,11 @@ class EvalConfig:
     """Most tokens of a prompt and one completion, with EOS."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """Longer examples are cut or dropped, as in training."""
-    beta: float = 0.1
-    """Strength of the KL constraint, per nat."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    pairs_from: Literal["best_worst", "all", "rso"] = "best_worst"
+    """As in training."""
+    turns: Literal["all", "assistant"] = "all"
+    """As in training."""
     batch_size: int = 16
     """Examples evaluated at one time."""
     kl_samples: int = 64
@@ -151,6 +227,14 @@ class EvalConfig:
     seed: int = 0
     """Decides the samples."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesConfig:
+    """Print the table of objectives."""
+
+    markdown: bool = False
+    """Print it as Markdown."""
 
 
 @dataclass(frozen=True, kw_only=True)

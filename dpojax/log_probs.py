@@ -14,12 +14,45 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.batch import Batch
 
 Hidden = Float[Array, "rows length width"]
 Output = Float[Array, "vocabulary width"]
+
+
+def token_log_probs(
+    hidden: Hidden,
+    output: Output,
+    batch: Batch,
+    *,
+    chunk_size: int = 512,
+    num_shards: int = 1,
+) -> Float[Array, "rows length"]:
+    """Log-probability of the label of each scored position, in nats; 0 elsewhere.
+
+    Args:
+      hidden: final hidden states ``[rows, length, width]``.
+      output: the output matrix ``[vocabulary, width]``.
+      batch: the rows that the hidden states belong to.
+      chunk_size: positions of each shard whose logits exist at one time.
+      num_shards: ways in which the rows are divided over devices.
+
+    Returns:
+      ``[rows, length]`` float32.
+    """
+
+    def label_log_probs(hidden: Array, labels: Array) -> Array:
+        logits = _logits(hidden, output)
+        # A sum over a comparison instead of a gather: its gradient fuses with the
+        # softmax's, and a vocabulary that is sharded needs no gather of logits.
+        is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+        label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+        return label_logit - jax.nn.logsumexp(logits, axis=-1)
+
+    arrays = (hidden, jnp.asarray(batch.labels))
+    return _map_scored(label_log_probs, batch, chunk_size, num_shards, arrays)
 
 
 def completion_log_probs(
@@ -32,27 +65,40 @@ def completion_log_probs(
 ) -> Float[Array, "rows slots completions"]:
     """Log-probability of each completion: the sum over its tokens, in nats.
 
-    Args:
-      hidden: final hidden states ``[rows, length, width]``.
-      output: the output matrix ``[vocabulary, width]``.
-      batch: the rows that the hidden states belong to.
-      chunk_size: positions of each shard whose logits exist at one time.
-      num_shards: ways in which the rows are divided over devices.
+    Takes what `token_log_probs` takes.
 
     Returns:
       ``[rows, slots, completions]`` float32; 0 where a slot or completion is empty.
     """
+    per_token = token_log_probs(
+        hidden, output, batch, chunk_size=chunk_size, num_shards=num_shards
+    )
+    return sum_completions(per_token, batch)
 
-    def label_log_probs(hidden: Array, labels: Array) -> Array:
+
+def completion_log_sum_squares(
+    hidden: Hidden,
+    output: Output,
+    batch: Batch,
+    *,
+    chunk_size: int = 512,
+    num_shards: int = 1,
+) -> Float[Array, "rows slots completions"]:
+    """Sum over each completion's tokens of ``log sum_v p(v)^2``: 0 where certain.
+
+    The log-probability that two samples of the policy agree at a token. Takes what
+    `token_log_probs` takes.
+
+    Returns:
+      ``[rows, slots, completions]`` float32.
+    """
+
+    def log_sum_squares(hidden: Array) -> Array:
         logits = _logits(hidden, output)
-        # A sum over a comparison instead of a gather: its gradient fuses with the
-        # softmax's, and a vocabulary that is sharded needs no gather of logits.
-        is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
-        label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-        return label_logit - jax.nn.logsumexp(logits, axis=-1)
+        twice = jax.nn.logsumexp(2 * logits, axis=-1)
+        return twice - 2 * jax.nn.logsumexp(logits, axis=-1)
 
-    arrays = (hidden, jnp.asarray(batch.labels))
-    per_token = _map_scored(label_log_probs, batch, chunk_size, num_shards, arrays)
+    per_token = _map_scored(log_sum_squares, batch, chunk_size, num_shards, (hidden,))
     return sum_completions(per_token, batch)
 
 
@@ -103,6 +149,25 @@ def sum_completions(
         jnp.asarray(batch.branch)[..., None, None] == branch
     )
     return jnp.sum(jnp.where(belongs, per_token[..., None, None], 0.0), axis=1)
+
+
+def in_shared_prefix(batch: Batch) -> Bool[Array, "rows length"]:
+    """Scored positions among the first l of their completion.
+
+    l is the length of the shortest completion of their example.
+    """
+    lengths = jnp.asarray(batch.completion_length)
+    none = jnp.iinfo(lengths.dtype).max
+    shortest = jnp.min(jnp.where(lengths > 0, lengths, none), axis=-1)
+    example, branch = jnp.asarray(batch.example), jnp.asarray(batch.branch)
+    scored = jnp.asarray(batch.scored)
+    seen = jnp.cumsum(scored, axis=1) - scored  # scored positions of the row before
+    ids = jnp.stack([example, branch])
+    begins = jnp.any(ids != jnp.roll(ids, 1, axis=2), axis=0).at[:, 0].set(True)
+    before = jax.lax.cummax(jnp.where(begins, seen, 0), axis=1)
+    slot = jnp.maximum(example - 1, 0)
+    limit = jnp.take_along_axis(shortest, slot, axis=1)
+    return scored & (seen - before < limit)
 
 
 def _logits(

@@ -43,7 +43,22 @@ class Correlation(NamedTuple):
     xy: Array
 
 
-Sums = dict[str, Ratio | Moments | Correlation]
+class MeanDifference(NamedTuple):
+    """Enough of two samples for the difference of their means."""
+
+    first: Moments
+    second: Moments
+
+
+class LossSums(NamedTuple):
+    """A loss: a weighted mean over examples, plus a mean over tokens."""
+
+    examples: Moments
+    tokens: Ratio
+
+
+Metric = Ratio | Moments | Correlation | MeanDifference | LossSums
+Sums = dict[str, Any]  # of Metric
 
 
 def moments(values: Float[Array, "*batch"], where: Bool[Array, "*batch"]) -> Moments:
@@ -75,35 +90,43 @@ def completion_sums(
     }
 
 
-def reward_sums(
-    chosen_reward: Float[Array, "*batch"],
-    rejected_reward: Float[Array, "*batch"],
+def margin_sums(
+    margin: Float[Array, "*batch"],
     length_difference: Int[Array, "*batch"],
     live: Bool[Array, "*batch"],
 ) -> Sums:
-    """Implicit rewards of pairs, and how far their margin follows length."""
-    margin = chosen_reward - rejected_reward
+    """Differences of rewards, how many are right, and how far they follow length."""
     lengths = length_difference.astype(jnp.float32)
     return {
-        "rewards/chosen": moments(chosen_reward, live),
-        "rewards/rejected": moments(rejected_reward, live),
         "rewards/margins": moments(margin, live),
         "rewards/accuracies": moments((1 + jnp.sign(margin)) / 2, live),
         "rewards/length_correlation": correlation(lengths, margin, live),
     }
 
 
-def log_ratio_sums(
-    chosen: Float[Array, "*batch"],
-    rejected: Float[Array, "*batch"],
-    live: Bool[Array, "*batch"],
-) -> Sums:
-    """Log-ratios to the reference; a falling chosen one is likelihood displacement."""
-    return {
-        "logratios/chosen": moments(chosen, live),
-        "logratios/rejected": moments(rejected, live),
-        "logratios/chosen_negative": moments((chosen < 0).astype(jnp.float32), live),
-    }
+def loss_sums(
+    loss: Float[Array, "*batch"],
+    token_loss: Float[Array, "*batch"] | None,
+    weight: Float[Array, "*batch"],
+    num_tokens: Int[Array, "*batch"],
+) -> LossSums:
+    """Sums of a loss.
+
+    Args:
+      loss: of each example.
+      token_loss: a second part, summed over each example's tokens.
+      weight: how much each example counts; 0 where there is none.
+      num_tokens: of each example, what the second part is averaged over.
+    """
+    live = weight > 0
+    loss = jnp.where(live, loss, 0.0)
+    examples = Moments(
+        jnp.sum(weight * loss), jnp.sum(weight), jnp.sum(weight * loss**2)
+    )
+    if token_loss is None:
+        return LossSums(examples, Ratio(jnp.zeros(()), jnp.zeros(())))
+    total = jnp.sum(weight * jnp.where(live, token_loss, 0.0))
+    return LossSums(examples, Ratio(total, jnp.sum(weight * num_tokens)))
 
 
 def add(first: Sums, second: Sums) -> Sums:
@@ -123,6 +146,18 @@ def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
                 values[name] = _quotient(entry.total, entry.count)
             case Correlation():
                 values[name] = _pearson(entry)
+            case MeanDifference(first, second):
+                means = (_quotient(part.total, part.count) for part in entry)
+                values[name] = next(means) - next(means)
+                errors = _standard_error(first), _standard_error(second)
+                values[name + "_se"] = float(np.hypot(*errors))
+            case LossSums(examples, tokens):
+                values[name] = _quotient(examples.total, examples.count)
+                values[name + "_se"] = _standard_error(examples)
+                if tokens.count:
+                    # Tokens of one completion are no independent sample.
+                    del values[name + "_se"]
+                    values[name] += _quotient(tokens.total, tokens.count)
     return values
 
 

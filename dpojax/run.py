@@ -2,30 +2,45 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from dpojax import __version__, metrics
 from dpojax.checkpoint import Checkpoints, Note
 from dpojax.config import TrainConfig
 from dpojax.data.loader import fingerprint, training_batches
-from dpojax.data.packing import Example
-from dpojax.data.records import read_records
-from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
+from dpojax.data.packing import Example, with_mismatched
+from dpojax.data.tokenize import Tokenizer
 from dpojax.evaluation import evaluate, make_sampler
-from dpojax.loading import Loaded, check_positions, load_model, load_reference
-from dpojax.losses.table import Objective, make_loss
+from dpojax.loading import (
+    Loaded,
+    check_positions,
+    load_model,
+    load_reference,
+    load_reward_model,
+)
+from dpojax.losses.make import Loss
 from dpojax.models.huggingface import write_model
 from dpojax.optimizer import make_optimizer, make_schedule
+from dpojax.prepare import (
+    balance_advice,
+    load_examples,
+    make_configured_loss,
+    make_movement,
+)
 from dpojax.progress import say, track
-from dpojax.reference import copy_params
+from dpojax.reference import Movement, Params, copy_params
 from dpojax.run_directory import choose_directory, write_frame, write_samples
 from dpojax.sharding import (
+    Placement,
     as_shardings,
     make_mesh,
     make_placement,
@@ -60,23 +75,27 @@ def run(config: TrainConfig) -> Result:
       FloatingPointError: naming the step whose loss or gradient was not finite.
     """
     # -- Settings that cannot work ----------------------------------------------------
-    objective = _make_objective(config)
+    loss = make_configured_loss(config.loss)
+    movement = make_movement(config.moving, loss)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _check(config)
+    _check(config, loss)
     directory = choose_directory(config)
 
     # -- Model, data and reference ----------------------------------------------------
-    assert config.model is not None and config.data is not None
-    loaded = load_model(
-        config.model, mesh, compute_dtype=config.compute_dtype, remat=config.remat
-    )
+    loaded = _load(config, loss, mesh)
     check_positions(loaded, config.max_length)
-    train = _read_examples(config, objective, loaded.tokenizer, config.train_split)
-    test = _read_examples(config, objective, loaded.tokenizer, config.test_split)
+    train = _read_examples(config, loss, loaded.tokenizer, config.train_split)
+    test = _read_examples(config, loss, loaded.tokenizer, config.test_split)
+    advice = balance_advice(loss, train)
+    if advice is not None:
+        say(advice)
+    mismatch_within = config.max_length if "mismatched" in loss.needs else None
+    if mismatch_within is not None:
+        test = with_mismatched(test, mismatch_within)
     reference = None
-    if objective.needs_reference and config.reference is not None:
+    if "reference" in loss.needs and config.reference is not None:
         reference = load_reference(config.reference, loaded, mesh)
-    elif objective.needs_reference:
+    elif "reference" in loss.needs:
         reference = copy_params(loaded.params)
 
     # -- Schedule, optimiser and state ------------------------------------------------
@@ -84,11 +103,13 @@ def run(config: TrainConfig) -> Result:
     num_seen = max(1, round(len(train) * epochs))
     if config.steps is not None:
         num_seen = config.steps * config.batch_size
+    if mismatch_within is not None and num_seen % config.batch_size == 1:
+        num_seen -= 1  # a last batch of one example has no other completion in it
     num_steps = math.ceil(num_seen / config.batch_size)
     stop = num_steps if config.stop_after is None else config.stop_after
     if stop > num_steps:
         raise ValueError(f"stop_after is {stop}, but the run has {num_steps} steps.")
-    schedule = _make_schedule(config, objective, num_steps)
+    schedule = _make_schedule(config, loss, num_steps)
     optimizer = make_optimizer(
         config.optimizer.name,
         schedule,
@@ -98,15 +119,10 @@ def run(config: TrainConfig) -> Result:
         beta2=config.optimizer.beta2,
         epsilon=config.optimizer.epsilon,
     )
-    opt_shapes = jax.eval_shape(optimizer.init, loaded.params)
-    opt_shardings = as_shardings(opt_shapes, mesh)
-    step_zero = np.zeros((), np.int32)
-    state = TrainState(
-        jax.device_put(step_zero, as_shardings(step_zero, mesh)),
-        loaded.params,
-        jax.jit(optimizer.init, out_shardings=opt_shardings)(loaded.params),
-    )
+    state = _init_state(loaded.params, optimizer, loss, movement, reference, mesh)
     shardings = jax.tree.map(lambda array: array.sharding, state)
+    if movement is not None:
+        reference = None  # the state holds it
 
     # -- Resume: the state first, then what depends on its step -----------------------
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
@@ -128,35 +144,30 @@ def run(config: TrainConfig) -> Result:
     # -- The compiled functions -------------------------------------------------------
     train_step = make_train_step(
         loaded.model.apply,
-        objective,
+        loss,
         optimizer,
         num_microbatches=config.microbatches,
         chunk_size=config.chunk_size,
         num_shards=num_row_shards(mesh),
+        movement=movement,
         state_shardings=shardings,
         rows_sharding=rows_sharding(mesh),
     )
     eval_step = make_eval_step(
         loaded.model.apply,
-        objective,
+        loss,
         chunk_size=config.chunk_size,
         num_shards=num_row_shards(mesh),
     )
 
     placement = make_placement(mesh)
-    sampler = make_sampler(
-        loaded,
-        num_new=config.sample_tokens,
-        batch_size=max(1, config.sample_prompts),
-        placement=placement,
-    )
-    prompts = [example.prompt.tolist() for example in test[: config.sample_prompts]]
+    sampled = _make_sample_writer(config, loss, loaded, test, placement, directory)
 
     def evaluated(step: int) -> dict[str, float]:
         values = evaluate(
-            eval_step,
+            partial(eval_step, running=state.running),
             state.params,
-            reference,
+            state.moving.get("reference", reference),
             test,
             batch_size=config.batch_size,
             placement=placement,
@@ -165,17 +176,12 @@ def run(config: TrainConfig) -> Result:
         say(_line(f"test  step {step}", values))
         return values
 
-    def sampled(step: int) -> None:
-        if prompts:
-            completions = sampler(state.params, prompts, config.seed)
-            write_samples(directory, step, prompts, completions, loaded.tokenizer)
-
     # -- Before the first step --------------------------------------------------------
     say(_summary(config, loaded, len(train), len(test), num_steps, mesh.shape))
     if step == 0:
         first = evaluated(0)
         last, last_at = first, 0
-        sampled(0)
+        sampled(state.params, 0)
 
     # -- The loop ---------------------------------------------------------------------
     pending: list[tuple[int, metrics.Sums]] = []
@@ -188,6 +194,7 @@ def run(config: TrainConfig) -> Result:
         start=step,
         stop=stop,
         row_multiple=config.microbatches * num_row_shards(mesh),
+        mismatch_within=mismatch_within,
     )
     figures = ""
     bar = track("Training", total=num_steps, done=step)
@@ -222,15 +229,15 @@ def run(config: TrainConfig) -> Result:
                 last, last_at = evaluated(step), step
             if due["save"]:
                 newest = {"evaluation": last, "evaluated_at": last_at}
-                loss = last["loss"] if last_at == step else None
-                checkpoints.save(step, state, note | newest, loss)
+                best_by = last["loss"] if last_at == step else None
+                checkpoints.save(step, state, note | newest, best_by)
             if any(due.values()):
                 tokens, since = 0, time.perf_counter()
             advance(figures)
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:
-        sampled(step)
+        sampled(state.params, step)
         write_model(
             directory / "final",
             state.params,
@@ -243,19 +250,68 @@ def run(config: TrainConfig) -> Result:
     return Result(directory, step, first, last, float(np.median(speeds or [np.nan])))
 
 
-def _make_objective(config: TrainConfig) -> Objective:
-    settings = {"beta": config.beta, "label_smoothing": config.label_smoothing}
-    given = {name: value for name, value in settings.items() if value is not None}
-    objective = make_loss(config.loss, **given)
-    if config.reference is not None and not objective.needs_reference:
-        raise ValueError(f"The loss {config.loss!r} uses no reference; leave it out.")
-    return objective
+def _load(config: TrainConfig, loss: Loss, mesh: Mesh) -> Loaded:
+    assert config.model is not None
+    how = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    if "reward_head" in loss.needs:
+        return load_reward_model(config.model, mesh, seed=config.seed, **how)
+    return load_model(config.model, mesh, **how)
 
 
-def _check(config: TrainConfig) -> None:
-    if config.model is None or config.data is None:
+def _init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    movement: Movement | None,
+    reference: Params | None,
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step; the policy's own arrays are part of it."""
+    opt_shapes = jax.eval_shape(optimizer.init, params)
+    init = jax.jit(optimizer.init, out_shardings=as_shardings(opt_shapes, mesh))
+    moving = {} if movement is None else movement.init(params, reference)
+    step = np.zeros((), np.int32)
+    state = TrainState(step, params, init(params), loss.initial_running(), moving)
+    return jax.device_put(state, as_shardings(state, mesh))
+
+
+def _make_sample_writer(
+    config: TrainConfig,
+    loss: Loss,
+    loaded: Loaded,
+    test: Sequence[Example],
+    placement: Placement,
+    directory: Path,
+) -> Callable[[Params, int], None]:
+    """A function that continues the same held-out prompts and writes them down."""
+    prompts = [example.prompt.tolist() for example in test[: config.sample_prompts]]
+    if not prompts or "reward_head" in loss.needs:
+        return lambda params, step: None
+    sampler = make_sampler(
+        loaded,
+        num_new=config.sample_tokens,
+        batch_size=len(prompts),
+        placement=placement,
+    )
+
+    def sampled(params: Params, step: int) -> None:
+        completions = sampler(params, prompts, config.seed)
+        write_samples(directory, step, prompts, completions, loaded.tokenizer)
+
+    return sampled
+
+
+def _check(config: TrainConfig, loss: Loss) -> None:
+    if config.model is None or not config.data:
         missing = "--model" if config.model is None else "--data"
         raise ValueError(f"Training needs a model and data; {missing} is missing.")
+    if config.reference is not None and "reference" not in loss.needs:
+        raise ValueError(f"The loss {loss.name!r} uses no reference; leave it out.")
+    if config.batch_size == 1 and "mismatched" in loss.needs:
+        raise ValueError(
+            f"The loss {loss.name!r} compares each example with another of its batch; "
+            "batch_size must be at least 2."
+        )
     if config.epochs is not None and config.steps is not None:
         raise ValueError("Give the length of the run by --epochs or --steps, not both.")
     positive = ("batch_size", "microbatches", "chunk_size", "log_every",
@@ -277,30 +333,32 @@ def _check(config: TrainConfig) -> None:
 
 
 def _read_examples(
-    config: TrainConfig, objective: Objective, tokenizer: Tokenizer, split: str
+    config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
 ) -> list[Example]:
-    assert config.data is not None
-    records = read_records(
+    return load_examples(
         config.data,
+        loss,
+        tokenizer,
         split=split,
-        num_completions=objective.num_completions,
+        weights=config.data_weights,
+        columns=config.columns,
         test_size=config.test_size,
         max_examples=config.max_examples,
+        pairs_from=config.pairs_from,
+        rejection_beta=config.rejection_beta,
+        max_length=config.max_length,
+        too_long=config.too_long,
+        turns=config.turns,
     )
-    examples, counts = tokenize_records(
-        records, tokenizer, max_length=config.max_length, too_long=config.too_long
-    )
-    say(f"{split}: {describe(counts)}")
-    return examples
 
 
-def _make_schedule(config: TrainConfig, objective: Objective, num_steps: int) -> Any:
+def _make_schedule(config: TrainConfig, loss: Loss, num_steps: int) -> Any:
     settings = config.optimizer
     warmup = settings.warmup_steps
     rate = settings.learning_rate
     return make_schedule(
         settings.schedule,
-        learning_rate=objective.learning_rate if rate is None else rate,
+        learning_rate=loss.learning_rate if rate is None else rate,
         num_steps=num_steps,
         warmup_steps=math.ceil(warmup * num_steps if warmup < 1 else warmup),
     )
@@ -309,9 +367,8 @@ def _make_schedule(config: TrainConfig, objective: Objective, num_steps: int) ->
 def _note(config: TrainConfig, train: Sequence[Example], num_seen: int) -> Note:
     """What must be the same for a resumed run to be the same run."""
     return {
-        "loss": config.loss,
-        "beta": config.beta,
-        "label_smoothing": config.label_smoothing,
+        "loss": repr(config.loss),
+        "moving reference": repr(config.moving),
         "batch_size": config.batch_size,
         "examples_seen": num_seen,
         "seed": config.seed,
@@ -365,7 +422,7 @@ def _summary(
     count = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
     return (
-        f"{config.loss} of {config.model}: {count:,} parameters, {num_train:,} "
+        f"{config.loss.name} of {config.model}: {count:,} parameters, {num_train:,} "
         f"training and {num_test:,} test examples, {num_steps:,} steps of "
         f"{config.batch_size} "
         f"on {jax.device_count()} {jax.default_backend()} device(s) {axes}".rstrip()

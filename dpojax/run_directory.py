@@ -11,6 +11,7 @@ This file knows no training.
 """
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,11 +34,12 @@ def choose_directory(config: TrainConfig) -> Path:
         if config.output is None or not (Path(config.output) / "config.py").is_file():
             raise ValueError("--resume needs the --output of a run that has started.")
         return Path(config.output)
-    return new_directory(config.output or default_name(config.loss))
+    return new_directory(config.output or default_name(config.loss.name))
 
 
 def default_name(kind: str) -> str:
     """A directory named for the kind of run and the time."""
+    kind = re.sub(r"[^\w.]+", "-", kind)  # a sum, or a path of the user's
     return f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -50,7 +52,8 @@ def write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
     again = replace(config, output=None, stop_after=None)
     text = (
         '"""The configuration of a run; `dpojax train` with it repeats the run."""\n\n'
-        "from dpojax.config import MeshConfig, OptimizerConfig, TrainConfig\n\n\n"
+        "from dpojax.config import LossConfig, MeshConfig, MovingConfig, "
+        "OptimizerConfig, TrainConfig\n\n\n"
         f"def config() -> TrainConfig:\n    return {again!r}\n"
     )
     (directory / "config.py").write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpojax.config import OptimizerConfig, TrainConfig
+from dpojax.config import LossConfig, OptimizerConfig, TrainConfig
 from dpojax.data.synthetic import (
     REWARD_RANGE,
     label_pairs,
@@ -122,9 +122,9 @@ def _both(config: TrainConfig) -> TrainConfig:
 def _sft_config(config: TrainConfig, directory: Path) -> TrainConfig:
     return replace(
         _both(config),
-        loss="sft",
+        loss=LossConfig(name="sft"),
         model=str(directory / "model"),
-        data=str(directory / "reviews.jsonl"),
+        data=(str(directory / "reviews.jsonl"),),
         output=str(directory / "sft"),
         too_long="drop",
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", beta2=0.98),
@@ -135,7 +135,7 @@ def _dpo_config(config: TrainConfig, directory: Path, sft: Result) -> TrainConfi
     return replace(
         _both(config),
         model=str(sft.directory / "final"),
-        data=str(directory / "pairs.jsonl"),
+        data=(str(directory / "pairs.jsonl"),),
         output=str(directory / "dpo"),
         epochs=3,
         optimizer=OptimizerConfig(learning_rate=7e-4, beta2=0.99),

@@ -16,16 +16,17 @@ from jaxtyping import Array, Float, Int
 
 from dpojax import metrics
 from dpojax.batch import Batch
-from dpojax.log_probs import completion_kl, completion_log_probs
+from dpojax.log_probs import completion_kl
+from dpojax.losses.make import Loss
 from dpojax.losses.scores import Scores
-from dpojax.losses.table import Objective
+from dpojax.measure import Apply, Measure, Params, make_measure
 from dpojax.metrics import Sums
+from dpojax.outcome_metrics import outcome_sums
+from dpojax.reference import Movement
 
-Params = Any
-# (params, batch) -> hidden states [rows, length, width], output [vocabulary, width]
-Apply = Callable[[Params, Batch], tuple[Array, Array]]
+Running = dict[str, Any]
 TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Sums]]
-EvalStep = Callable[[Params, Params | None, Batch], Sums]
+EvalStep = Callable[..., Sums]  # (params, reference, batch, running=...)
 
 
 class TrainState(NamedTuple):
@@ -34,21 +35,38 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
+    running: Running = {}  # statistics of losses that carry any, by their names
+    moving: dict[str, Params] = {}  # the reference, where it follows the policy
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    loss: Loss | None = None,
+    moving: dict[str, Params] | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params: the policy.
+      optimizer: its statistics start from these parameters.
+      loss: the objective, where it carries statistics.
+      moving: the state of a moving reference, by its `Movement.init`.
+    """
+    running = {} if loss is None else loss.initial_running()
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, optimizer.init(params), running, moving or {})
 
 
 def make_train_step(
     apply: Apply,
-    objective: Objective,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
     chunk_size: int = 512,
     num_shards: int = 1,
+    movement: Movement | None = None,
     state_shardings: Any = None,
     rows_sharding: Any = None,
 ) -> TrainStep:
@@ -56,11 +74,15 @@ def make_train_step(
 
     Args:
       apply: the model: parameters and batch to hidden states and output matrix.
-      objective: the loss and what it needs.
+      loss: the objective.
       optimizer: its update ends in the change of the parameters.
-      num_microbatches: parts into which the rows are split, one after another.
+      num_microbatches: parts into which the rows are split, one after another. The
+        result is that of the whole batch, for losses that look at all of it too: these
+        cost one more forward pass then.
       chunk_size: positions of each shard whose logits exist at one time.
       num_shards: ways in which the rows are divided over devices.
+      movement: how the reference follows the policy; the step's own argument is None
+        then, since the state holds it.
       state_shardings: a sharding for each array of the state. Given, the compiler
         cannot move an array between steps and compile again for the next.
       rows_sharding: the sharding of a batch.
@@ -70,34 +92,23 @@ def make_train_step(
       the reference, parameters or None, never is. Gradients are of the mean loss over
       the whole batch; ``grad_norm`` is their norm before clipping.
     """
-    score_and_sum = _make_score_and_sum(apply, objective, chunk_size, num_shards)
-    gradient = jax.value_and_grad(score_and_sum, has_aux=True)
+    measure = make_measure(
+        apply, loss.needs, chunk_size=chunk_size, num_shards=num_shards
+    )
+    gradient = _make_gradient(measure, loss, num_microbatches)
 
     def train_step(
         state: TrainState, reference: Params | None, batch: Batch
     ) -> tuple[TrainState, Sums]:
-        def accumulate(total: tuple, part: Batch) -> tuple[tuple, None]:
-            (_, sums), grads = gradient(state.params, reference, part)
-            return jax.tree.map(jnp.add, total, (grads, sums)), None
-
-        if num_microbatches == 1:
-            (_, sums), grads = gradient(state.params, reference, batch)
-        else:
-            parts = _split_rows(batch, num_microbatches)
-            shapes = jax.eval_shape(
-                gradient, state.params, reference, jax.tree.map(lambda x: x[0], parts)
-            )
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), (shapes[1], shapes[0][1])
-            )
-            (grads, sums), _ = jax.lax.scan(accumulate, zeros, parts)
-        count = jnp.maximum(sums["loss"].count, 1)
-        grads = jax.tree.map(lambda total: total / count, grads)
+        frozen = reference if movement is None else state.moving["reference"]
+        grads, sums, running = gradient(state.params, frozen, batch, state.running)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        one = jnp.ones(())
-        sums["grad_norm"] = metrics.Ratio(optax.tree.norm(grads), one)
-        return TrainState(state.step + 1, params, opt_state), sums
+        step, moving = state.step + 1, state.moving
+        if movement is not None:
+            moving = movement.update(moving, params, step)
+        sums["grad_norm"] = metrics.Ratio(optax.tree.norm(grads), jnp.ones(()))
+        return TrainState(step, params, opt_state, running, moving), sums
 
     if state_shardings is None:
         return jax.jit(train_step, donate_argnums=0)
@@ -111,14 +122,30 @@ def make_train_step(
 
 def make_eval_step(
     apply: Apply,
-    objective: Objective,
+    loss: Loss,
     *,
     chunk_size: int = 512,
     num_shards: int = 1,
 ) -> EvalStep:
-    """Builds ``eval_step(params, reference, batch) -> sums``, jitted."""
-    score_and_sum = _make_score_and_sum(apply, objective, chunk_size, num_shards)
-    return jax.jit(lambda *arguments: score_and_sum(*arguments)[1])
+    """Builds ``eval_step(params, reference, batch, running={}) -> sums``, jitted.
+
+    Statistics that a loss carries are used as they are, and not changed.
+    """
+    measure = make_measure(
+        apply, loss.needs, chunk_size=chunk_size, num_shards=num_shards
+    )
+
+    def eval_step(
+        params: Params,
+        reference: Params | None,
+        batch: Batch,
+        running: Running | None = None,
+    ) -> Sums:
+        scores = measure(params, reference, batch)
+        running = loss.initial_running() if running is None else running
+        return _judge(loss, scores, batch, running, _denominators(batch))[1]
+
+    return jax.jit(eval_step)
 
 
 def make_kl_step(
@@ -140,77 +167,117 @@ def make_kl_step(
     return jax.jit(kl_step)
 
 
-def _make_score_and_sum(
-    apply: Apply, objective: Objective, chunk_size: int, num_shards: int
-) -> Callable[[Params, Params | None, Batch], tuple[Array, Sums]]:
-    """The sum of the loss over a batch, and every metric's sums."""
+class _Denominators(NamedTuple):
+    """What a batch's losses are divided by; known before any is computed."""
 
-    def log_probs(params: Params, batch: Batch) -> Array:
-        hidden, output = apply(params, batch)
-        return completion_log_probs(
-            hidden, output, batch, chunk_size=chunk_size, num_shards=num_shards
-        )
-
-    def score_and_sum(
-        params: Params, reference: Params | None, batch: Batch
-    ) -> tuple[Array, Sums]:
-        policy = log_probs(params, batch)
-        # The same function of other parameters: at step 0 the log-ratio is exactly 0.
-        frozen = None
-        if objective.needs_reference:
-            frozen = jax.lax.stop_gradient(log_probs(reference, batch))
-        scores = _as_scores(policy, frozen, batch, objective.num_completions)
-        outcome = objective.loss(*scores)
-        live = jnp.asarray(batch.live)
-        total = jnp.sum(jnp.where(live, outcome.loss, 0.0))
-        return total, _sums(objective, outcome, scores, live)
-
-    return score_and_sum
+    examples: Float[Array, ""]
+    tokens: Float[Array, ""]
 
 
-def _as_scores(
-    policy: Float[Array, "rows slots completions"],
-    reference: Float[Array, "rows slots completions"] | None,
-    batch: Batch,
-    num_completions: int,
-) -> list[Scores]:
-    # An empty slot gets length 1: what is masked afterwards must still be finite.
-    length = jnp.maximum(jnp.asarray(batch.completion_length), 1)
-    return [
-        Scores(
-            policy[..., k],
-            None if reference is None else reference[..., k],
-            length[..., k],
-        )
-        for k in range(num_completions)
-    ]
+def _denominators(batch: Batch) -> _Denominators:
+    weight = jnp.asarray(batch.weight)
+    tokens = jnp.sum(weight * batch.completion_length[..., 0])
+    tiny = jnp.finfo(weight.dtype).tiny  # an empty batch has loss 0, not NaN
+    return _Denominators(jnp.maximum(jnp.sum(weight), tiny), jnp.maximum(tokens, tiny))
 
 
-def _sums(
-    objective: Objective, outcome: Any, scores: list[Scores], live: Array
-) -> Sums:
-    chosen = scores[0]
-    loss = metrics.moments(outcome.loss, live)
-    if objective.averaged_over == "tokens":
-        lengths = jnp.stack([score.length for score in scores])
-        loss = metrics.Ratio(loss.total, jnp.sum(jnp.where(live, lengths, 0)))
-    sums: Sums = {"loss": loss}
-    for name, score in zip(("chosen", "rejected"), scores, strict=False):
-        sums |= metrics.completion_sums(name, score.policy, score.length, live)
-    if outcome.chosen_reward is not None:
-        rejected = scores[1]
-        sums |= metrics.reward_sums(
-            outcome.chosen_reward,
-            outcome.rejected_reward,
-            chosen.length - rejected.length,
-            live,
-        )
-    if objective.needs_reference:
-        sums |= metrics.log_ratio_sums(chosen.log_ratio, scores[1].log_ratio, live)
-    return sums
+def _judge(
+    loss: Loss, scores: Scores, batch: Batch, running: Running, by: _Denominators
+) -> tuple[Array, Sums]:
+    """The loss of a batch or of a part of it, already divided, and every metric."""
+    outcomes = loss(scores, running)
+    weight = jnp.asarray(batch.weight)
+    examples, tokens = loss.total(outcomes)
+    # What stands in an empty slot may be no number; times 0 it would remain none.
+    live = weight > 0
+    value = jnp.sum(weight * jnp.where(live, examples, 0.0)) / by.examples
+    if tokens is not None:
+        value += jnp.sum(weight * jnp.where(live, tokens, 0.0)) / by.tokens
+    return value, outcome_sums(loss, outcomes, scores, weight)
 
 
-def _split_rows(batch: Batch, num_parts: int) -> Batch:
+def _make_gradient(measure: Measure, loss: Loss, num_parts: int) -> Callable[..., Any]:
+    """``(params, reference, batch, running) -> (gradient, sums, running)``."""
+
+    def judged(
+        scores: Scores, batch: Batch, running: Running, by: _Denominators
+    ) -> tuple[Array, tuple[Sums, Running]]:
+        constant = jax.lax.stop_gradient(scores)
+        running = loss.update_running(running, constant)
+        value, sums = _judge(loss, scores, batch, running, by)
+        return value, (sums, running)
+
+    def of_part(
+        params: Params, reference: Params, part: Batch, running: Running, by: Any
+    ) -> Any:
+        return judged(measure(params, reference, part), part, running, by)
+
+    def whole(
+        params: Params, reference: Params, batch: Batch, running: Running
+    ) -> tuple[Params, Sums, Running]:
+        take = jax.grad(of_part, has_aux=True)
+        grads, aux = take(params, reference, batch, running, _denominators(batch))
+        return grads, *aux
+
+    def part_by_part(
+        params: Params, reference: Params, batch: Batch, running: Running
+    ) -> tuple[Params, Sums, Running]:
+        by = _denominators(batch)
+        take = jax.grad(of_part, has_aux=True)
+
+        def one(part: Batch) -> tuple[Params, Sums]:
+            grads, (sums, _) = take(params, reference, part, running, by)
+            return grads, sums
+
+        return *_sum_over(one, _split_rows(batch, num_parts)), running
+
+    def through_scores(
+        params: Params, reference: Params, batch: Batch, running: Running
+    ) -> tuple[Params, Sums, Running]:
+        """By the chain rule: all scores, their gradients, then each part's share."""
+        parts = _split_rows(batch, num_parts)
+        scores = jax.lax.map(lambda part: measure(params, reference, part), parts)
+        scores = jax.tree.map(_join_rows, scores)
+
+        def of_numbers(numbers: dict[str, Array]) -> tuple[Array, tuple]:
+            replaced = scores._replace(**numbers)
+            return judged(replaced, batch, running, _denominators(batch))
+
+        take = jax.grad(of_numbers, has_aux=True)
+        slopes, (sums, after) = take(_policy_numbers(scores))
+        slopes = _split_rows(slopes, num_parts)
+
+        def product(params: Params, part: Batch, slope: dict[str, Array]) -> Any:
+            numbers = _policy_numbers(measure(params, reference, part))
+            return sum(jnp.sum(slope[name] * numbers[name]) for name in slope)
+
+        grads = _sum_over(lambda two: jax.grad(product)(params, *two), (parts, slopes))
+        return grads, sums, after
+
+    if num_parts == 1:
+        return whole
+    return through_scores if loss.batchwise else part_by_part
+
+
+def _policy_numbers(scores: Scores) -> dict[str, Array]:
+    """Those of the scores through which the policy's parameters get a gradient."""
+    names = ("policy", "policy_prefix", "token_kl")
+    numbers = scores._asdict()
+    return {name: numbers[name] for name in names if numbers[name] is not None}
+
+
+def _sum_over(function: Callable[[Any], Any], parts: Any) -> Any:
+    """The sum of a function over the first axis of its argument, one after another."""
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _split_rows(tree: Any, num_parts: int) -> Any:
     """Rows ``[rows, ...]`` to ``[parts, rows / parts, ...]``.
 
     Part m takes rows m, m + parts, ...: each device's block of rows gives every part
@@ -221,4 +288,9 @@ def _split_rows(batch: Batch, num_parts: int) -> Batch:
         array = jnp.asarray(array)
         return array.reshape(-1, num_parts, *array.shape[1:]).swapaxes(0, 1)
 
-    return jax.tree.map(split, batch)
+    return jax.tree.map(split, tree)
+
+
+def _join_rows(array: Array) -> Array:
+    """``[parts, rows / parts, ...]`` to rows again, in the order before the split."""
+    return array.swapaxes(0, 1).reshape(-1, *array.shape[2:])

@@ -20,7 +20,7 @@ SHARED = Path(os.environ.get("DPOJAX_SHARED", "../shared"))
 def config() -> TrainConfig:
     return TrainConfig(
         model="runs/blimp-sft/final",
-        data=str(SHARED / "data" / "blimp_pairs.jsonl.gz"),
+        data=(str(SHARED / "data" / "blimp_pairs.jsonl.gz"),),
         max_examples=20_000,
         max_length=64,
         batch_size=64,

@@ -9,16 +9,16 @@ Result: held-out loss 10.88 before, 3.86 nats a token after 297 steps.
 import os
 from pathlib import Path
 
-from dpojax.config import OptimizerConfig, TrainConfig
+from dpojax.config import LossConfig, OptimizerConfig, TrainConfig
 
 SHARED = Path(os.environ.get("DPOJAX_SHARED", "../shared"))
 
 
 def config() -> TrainConfig:
     return TrainConfig(
-        loss="sft",
+        loss=LossConfig(name="sft"),
         model="models/small",
-        data=str(SHARED / "data" / "blimp_pairs.jsonl.gz"),
+        data=(str(SHARED / "data" / "blimp_pairs.jsonl.gz"),),
         max_examples=20_000,
         max_length=64,
         batch_size=64,

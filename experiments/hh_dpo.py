@@ -20,7 +20,7 @@ SHARED = Path(os.environ.get("DPOJAX_SHARED", "../shared"))
 def config() -> TrainConfig:
     return TrainConfig(
         model="runs/hh-sft/final",
-        data=str(SHARED / "data" / "hh_harmless_base_test.jsonl.gz"),
+        data=(str(SHARED / "data" / "hh_harmless_base_test.jsonl.gz"),),
         max_length=256,
         batch_size=16,
         epochs=1,

@@ -9,16 +9,16 @@ Result: held-out loss 10.85 before, 5.37 nats a token after 137 steps.
 import os
 from pathlib import Path
 
-from dpojax.config import OptimizerConfig, TrainConfig
+from dpojax.config import LossConfig, OptimizerConfig, TrainConfig
 
 SHARED = Path(os.environ.get("DPOJAX_SHARED", "../shared"))
 
 
 def config() -> TrainConfig:
     return TrainConfig(
-        loss="sft",
+        loss=LossConfig(name="sft"),
         model="models/small",
-        data=str(SHARED / "data" / "hh_harmless_base_test.jsonl.gz"),
+        data=(str(SHARED / "data" / "hh_harmless_base_test.jsonl.gz"),),
         max_length=256,
         batch_size=16,
         epochs=1,

@@ -16,10 +16,12 @@ import numpy as np
 from dpojax.batch import Batch
 from dpojax.data.packing import (
     Example,
+    bucket_length,
     choose_row_length,
     most_completions,
     pack,
     row_length,
+    with_mismatched,
 )
 
 
@@ -32,6 +34,7 @@ def training_batches(
     start: int,
     stop: int,
     row_multiple: int = 1,
+    mismatch_within: int | None = None,
 ) -> Iterator[Batch]:
     """The batches of the steps ``start, ..., stop - 1``, prepared in the background.
 
@@ -43,14 +46,26 @@ def training_batches(
       start: first step.
       stop: one past the last step.
       row_multiple: the number of rows is a multiple of this.
+      mismatch_within: given, each example gets another completion of its batch as its
+        second, which may have so many tokens with the prompt.
     """
-    length = choose_row_length(examples)
     num_completions = most_completions(examples)
+    length = choose_row_length(examples)
+    if mismatch_within is not None:
+        length, num_completions = (
+            bucket_length(
+                max(map(row_length, examples))
+                + max(len(example.completions[0]) for example in examples)
+            ),
+            2,
+        )
 
     def at(step: int) -> Batch:
         places = range(step * batch_size, min((step + 1) * batch_size, num_seen))
         chosen = [_example_at(place, len(examples), seed) for place in places]
         batch = [examples[index] for index in chosen]
+        if mismatch_within is not None:
+            batch = with_mismatched(batch, mismatch_within)
         return pack(batch, length, row_multiple, num_completions)
 
     steps = grain.MapDataset.range(start, stop).map(at)

@@ -93,6 +93,41 @@ def most_completions(examples: Sequence[Example]) -> int:
     return max(len(example.completions) for example in examples)
 
 
+def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Gives each example another one's completion as its second: what KTO's z0 needs.
+
+    Completions move on by a fixed number of places, so that each serves once; of all
+    numbers by the first that leaves the fewest examples with a completion of their own
+    prompt. What would exceed `max_length` with the prompt is cut off.
+
+    Raises:
+      ValueError: if there is only one example.
+    """
+    count = len(examples)
+    if count < 2:
+        raise ValueError(
+            "This loss compares each example with another of its batch; give batches "
+            "of at least two."
+        )
+    prompts = [example.prompt.tobytes() for example in examples]
+
+    def num_own(shift: int) -> int:
+        return sum(prompts[i] == prompts[i - shift] for i in range(count))
+
+    shift = min(range(1, count), key=num_own)
+    mixed = []
+    for place, example in enumerate(examples):
+        other, room = examples[place - shift], max_length - len(example.prompt)
+        completions = (example.completions[0], other.completions[0][:room])
+        masks = [
+            np.ones(len(whole), bool) if one.masks is None else one.masks[0]
+            for one, whole in ((example, completions[0]), (other, completions[1]))
+        ]
+        cut = masks[0], masks[1][:room]
+        mixed.append(example._replace(completions=completions, masks=cut))
+    return mixed
+
+
 def as_batch(
     rows: Sequence[Sequence[Example]],
     *,

@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dpojax.losses.modifiers import (
     Divergence,
@@ -136,6 +138,15 @@ class Loss(NamedTuple):
             for term in self.terms
         }
 
+    def total(
+        self, outcomes: Mapping[str, Outcome]
+    ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"] | None]:
+        """The weighted sums of the terms' losses, and of their token losses if any."""
+        examples = sum(term.weight * outcomes[term.name].loss for term in self.terms)
+        parts = [(term.weight, outcomes[term.name].token_loss) for term in self.terms]
+        some = [weight * part for weight, part in parts if part is not None]
+        return jnp.asarray(examples), jnp.asarray(sum(some)) if some else None
+
 
 def make_loss(
     name: str,
@@ -250,7 +261,7 @@ def _can_modify(setting: str, objective: Objective) -> bool:
 
 def _kinds(terms: tuple[Term, ...]) -> tuple[Kind, ...]:
     """The kinds of examples that terms take; sft takes the chosen one of a pair."""
-    kinds = {term.objective.kind: None for term in terms}
+    kinds: dict[Kind, None] = {term.objective.kind: None for term in terms}
     if "pair" in kinds:
         kinds = {t.objective.kind: None for t in terms if t.name != "sft"}
     return tuple(kinds)

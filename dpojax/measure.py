@@ -1,0 +1,79 @@
+"""From a model and a batch to the `Scores` of its completions.
+
+What a loss asks for beside the policy's log-probabilities is computed here, and nothing
+that it does not ask for. This file knows no loss and no optimiser.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dpojax.batch import Batch
+from dpojax.log_probs import (
+    completion_kl,
+    completion_log_sum_squares,
+    in_shared_prefix,
+    sum_completions,
+    token_log_probs,
+)
+from dpojax.losses.scores import Scores
+from dpojax.losses.table import Need
+
+Params = Any
+# (params, batch) -> hidden states [rows, length, width], output [vocabulary, width]
+Apply = Callable[[Params, Batch], tuple[Array, Array]]
+# (params, reference, batch) -> scores, each [rows, slots, completions]
+Measure = Callable[[Params, Params | None, Batch], Scores]
+
+
+def make_measure(
+    apply: Apply, needs: frozenset[Need], *, chunk_size: int, num_shards: int
+) -> Measure:
+    """Builds the function that measures completions.
+
+    Args:
+      apply: the model: parameters and batch to hidden states and output matrix.
+      needs: what to measure beside the policy's log-probabilities.
+      chunk_size: positions of each shard whose logits exist at one time.
+      num_shards: ways in which the rows are divided over devices.
+    """
+    how = {"chunk_size": chunk_size, "num_shards": num_shards}
+
+    def sums(hidden: Array, output: Array, batch: Batch) -> tuple[Array, Array | None]:
+        """Log-probabilities of whole completions, and of their shared prefixes."""
+        per_token = token_log_probs(hidden, output, batch, **how)
+        whole = sum_completions(per_token, batch)
+        if "prefix" not in needs:
+            return whole, None
+        inside = jnp.where(in_shared_prefix(batch), per_token, 0.0)
+        return whole, sum_completions(inside, batch)
+
+    def measure(params: Params, reference: Params | None, batch: Batch) -> Scores:
+        policy = apply(params, batch)
+        whole, prefix = sums(*policy, batch)
+        scores = Scores(
+            whole,
+            None,
+            jnp.asarray(batch.completion_length),
+            score=jnp.asarray(batch.score),
+            policy_prefix=prefix,
+        )
+        if "log_sum_squares" in needs:
+            constant = jax.lax.stop_gradient(policy)
+            squares = completion_log_sum_squares(*constant, batch, **how)
+            scores = scores._replace(log_sum_squares=squares)
+        if "reference" in needs:
+            # The same function of other parameters: at step 0 the log-ratio is exactly
+            # 0.
+            frozen = jax.lax.stop_gradient(apply(reference, batch))
+            whole, prefix = jax.lax.stop_gradient(sums(*frozen, batch))
+            scores = scores._replace(reference=whole, reference_prefix=prefix)
+            if "token_kl" in needs:
+                kl = completion_kl(frozen, policy, batch, **how)
+                scores = scores._replace(token_kl=kl)
+        return scores
+
+    return measure

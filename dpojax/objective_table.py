@@ -1,0 +1,62 @@
+"""The table of objectives as text: what `dpojax losses` prints and the README holds."""
+
+from dpojax.losses.make import MODIFIERS, Setting, defaults_of
+from dpojax.losses.table import MIXTURES, OBJECTIVES, Objective
+
+HEADER = (
+    "loss",
+    "formula",
+    "takes",
+    "needs",
+    "per token",
+    "settings",
+    "learning rate",
+    "source",
+)
+
+LEGEND = (
+    "p is log pi, d = p - log pi_ref, n the length, r = beta d, h = r_w - r_l, s the "
+    "sigmoid, ls its logarithm, w the chosen and l the rejected completion. pair: chosen "
+    "and rejected; judged: one completion and its label; ranked: K completions and their "
+    "scores; single: one completion. Losses of pairs also take "
+    f"{', '.join(MODIFIERS)} where the theory allows."
+)
+
+
+def table_rows() -> list[tuple[str, ...]]:
+    """One row for each objective, then one for each mixture that has a name."""
+    rows = [_row(name, objective) for name, objective in OBJECTIVES.items()]
+    for name, mixture in MIXTURES.items():
+        settings = ", ".join(f"{k} {_figure(v)}" for k, v in mixture.settings.items())
+        rows.append((name, mixture.terms, "pair", "", "", settings, "", mixture.source))
+    return rows
+
+
+def as_markdown() -> str:
+    """The table in Markdown."""
+    lines = [HEADER, tuple("---" for _ in HEADER), *map(_marked, table_rows())]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _row(name: str, objective: Objective) -> tuple[str, ...]:
+    settings = (f"{k} {_figure(v)}" for k, v in defaults_of(objective).items())
+    return (
+        name,
+        objective.formula,
+        objective.kind,
+        ", ".join(need.replace("_", " ") for need in objective.needs),
+        "yes" if objective.averages else "",
+        ", ".join(settings),
+        f"{objective.learning_rate:g}",
+        objective.source,
+    )
+
+
+def _marked(cells: tuple[str, ...]) -> tuple[str, ...]:
+    return f"`{cells[0]}`", f"`{cells[1]}`", *cells[2:]
+
+
+def _figure(value: Setting) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else value

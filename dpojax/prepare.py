@@ -1,0 +1,167 @@
+"""What training and evaluating prepare alike: the loss by its settings, the examples.
+
+This file knows neither the loop nor the model.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FunctionType
+from typing import Literal
+
+from dpojax.config import LossConfig, MovingConfig
+from dpojax.data.packing import Example, end_as_input
+from dpojax.data.records import load_records
+from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
+from dpojax.losses.make import Loss, make_loss, split_terms
+from dpojax.losses.table import OBJECTIVES, Objective
+from dpojax.progress import say
+from dpojax.reference import Movement, bema, tr_dpo
+from dpojax.user_code import load_names
+
+
+def make_configured_loss(config: LossConfig) -> Loss:
+    """The loss that settings name, the user's own included.
+
+    Raises:
+      ValueError: for a name or setting that there is not, naming the nearest.
+    """
+    settings = {
+        name: value
+        for name, value in vars(config).items()
+        if name != "name" and value is not None
+    }
+    own = {
+        name: _load_objective(name)
+        for _, name in split_terms(config.name)
+        if ":" in name
+    }
+    return make_loss(config.name, OBJECTIVES | own, **settings)
+
+
+def make_movement(config: MovingConfig, loss: Loss) -> Movement | None:
+    """How the reference follows the policy, or None if it stays.
+
+    Raises:
+      ValueError: for a setting that its kind does not have, or a loss without a
+        reference.
+    """
+    given = {
+        name: value
+        for name, value in vars(config).items()
+        if name != "kind" and value is not None
+    }
+    if config.kind == "none":
+        if given:
+            raise ValueError(
+                f"--moving.{next(iter(given))} has no effect on a reference that "
+                "stays; choose --moving tr_dpo or bema."
+            )
+        return None
+    if "reference" not in loss.needs:
+        raise ValueError(f"The loss {loss.name!r} uses no reference that could move.")
+    known = {
+        "tr_dpo": ("alpha", "every"),
+        "bema": ("ema_power", "bias_power", "lag", "every"),
+    }[config.kind]
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"The moving reference {config.kind} has no setting {name!r}; "
+                f"it has {', '.join(known)}."
+            )
+    return {"tr_dpo": tr_dpo, "bema": bema}[config.kind](**given)
+
+
+def load_examples(
+    sources: Sequence[str],
+    loss: Loss,
+    tokenizer: Tokenizer,
+    *,
+    split: str,
+    weights: Sequence[float] | None = None,
+    columns: Mapping[str, str] | None = None,
+    test_size: float = 0.05,
+    max_examples: int | None = None,
+    pairs_from: Literal["best_worst", "all", "rso"] = "best_worst",
+    rejection_beta: float = 0.5,
+    max_length: int = 1024,
+    too_long: Literal["truncate", "drop"] = "truncate",
+    turns: Literal["all", "assistant"] = "all",
+) -> list[Example]:
+    """Reads, converts and tokenises what a loss takes, and says what was left out.
+
+    Takes what `dpojax.data.records.load_records` and
+    `dpojax.data.tokenize.tokenize_records` take.
+    """
+    records, conversion = load_records(
+        sources,
+        split=split,
+        kind=loss.kind,
+        weights=weights or None,
+        columns=columns,
+        test_size=test_size,
+        max_examples=max_examples,
+        pairs_from=pairs_from,
+        beta=rejection_beta,
+        needs_scores="score" in loss.needs,
+    )
+    examples, counts = tokenize_records(
+        records, tokenizer, max_length=max_length, too_long=too_long, turns=turns
+    )
+    say(f"{split}: {describe(conversion)}; {describe(counts)}")
+    _check_probabilities(loss, examples)
+    if "reward_head" in loss.needs:
+        return [end_as_input(example) for example in examples]
+    return examples
+
+
+def balance_advice(loss: Loss, examples: Sequence[Example]) -> str | None:
+    """What to change where KTO's weighted classes are out of the paper's bounds.
+
+    References:
+      Ethayarajh et al., KTO, 2024, arXiv:2402.01306, eq. 9.
+    """
+    for term in loss.terms:
+        if "desirable_weight" in term.settings:
+            labels = [example.scores[0] > 0.5 for example in examples if example.scores]
+            good, bad = sum(labels), len(labels) - sum(labels)
+            up = float(term.settings["desirable_weight"]) * good
+            down = float(term.settings["undesirable_weight"]) * bad
+            if not down <= up <= 1.5 * down:
+                return (
+                    f"{good:,} desirable and {bad:,} undesirable completions weigh "
+                    f"{up:,.0f} to {down:,.0f}; KTO's paper keeps the ratio between 1 "
+                    "and 1.5: set --loss.desirable-weight or --loss.undesirable-weight."
+                )
+    return None
+
+
+def _load_objective(name: str) -> Objective:
+    """A row of the table from ``file.py:name``; a bare function is a loss of pairs."""
+    path, _, key = name.rpartition(":")
+    names = load_names(Path(path), "loss")
+    value = names.get(key)
+    if isinstance(value, Objective):
+        return value
+    if not callable(value):
+        others = [
+            other
+            for other, thing in names.items()
+            if isinstance(thing, Objective | FunctionType)
+        ]
+        raise ValueError(
+            f"{path} has no loss {key!r}; it has {', '.join(others) or 'none'}."
+        )
+    return Objective(value, "", path)
+
+
+def _check_probabilities(loss: Loss, examples: Sequence[Example]) -> None:
+    if all(term.name != "sppo" for term in loss.terms):
+        return
+    scores = [score for example in examples for score in example.scores or ()]
+    if scores and not 0 <= min(scores) <= max(scores) <= 1:
+        raise ValueError(
+            f"sppo takes win probabilities as scores, and these range from "
+            f"{min(scores):g} to {max(scores):g}; give probabilities in [0, 1], or use "
+            "another loss."
+        )
