@@ -17,14 +17,20 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpojax.batch import Batch
-from dpojax.data.packing import Example, as_batch, bucket_length, row_length
-from dpojax.losses.table import make_loss
+from dpojax.data.packing import (
+    Example,
+    as_batch,
+    bucket_length,
+    row_length,
+    with_mismatched,
+)
+from dpojax.losses.make import Loss, make_loss
 from dpojax.metrics import summarize
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.huggingface import read_params, read_settings, write_model
 from dpojax.optimizer import make_optimizer, make_schedule
-from dpojax.reference import copy_params
+from dpojax.reference import bema, copy_params, tr_dpo
 from dpojax.sharding import as_shardings, make_constrain, make_mesh, rows_sharding
 from dpojax.train_step import TrainState, init_state, make_eval_step, make_train_step
 
@@ -49,6 +55,20 @@ def random_examples(count: int, seed: int = 0, completions: int = 2) -> list[Exa
         Example(tokens(1, 9), tuple(tokens(1, 12) for _ in range(completions)))
         for _ in range(count)
     ]
+
+
+def supervised_examples(loss: Loss, seed: int) -> list[Example]:
+    """Eight examples of the kind that a loss takes, their scores drawn at random."""
+    count = {"single": 1, "judged": 1, "pair": 2, "ranked": 3}[loss.kind]
+    rng = np.random.default_rng(seed)
+    examples = []
+    for example in random_examples(8, seed=seed, completions=count):
+        scores = sorted(rng.normal(size=count).tolist(), reverse=True)
+        if loss.kind == "judged":
+            scores = [float(rng.integers(2))]
+        examples.append(example._replace(scores=tuple(scores)))
+    mismatched = "mismatched" in loss.needs
+    return with_mismatched(examples, 32) if mismatched else examples
 
 
 def one_per_row(examples: list[Example], length: int = 32) -> Batch:
@@ -76,7 +96,8 @@ def params(model: Model) -> Any:
 
 # -- Against TRL's own run ------------------------------------------------------------
 
-TRAJECTORIES = {
+# What each run set; the recording holds the rest.
+TRAJECTORIES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
     "sigmoid_chat": {},
     "sigmoid_noref": {},
@@ -86,7 +107,27 @@ TRAJECTORIES = {
     "sigmoid_accum2": {"num_microbatches": 2},
     "sigmoid_wd_noclip": {"weight_decay": 0.1, "max_grad_norm": 0.0},
     "sigmoid_linear_warmup": {"schedule": "linear", "warmup_steps": 2},
+    "sigmoid_sync_ref": {"sync_every": 2},
     "sft": {"loss": "sft"},
+    "hinge": {"loss": "hinge"},
+    "ipo": {"loss": "ipo"},
+    "exo_pair": {"loss": "exo_pair"},
+    "nca_pair": {"loss": "nca_pair"},
+    "robust": {"loss": "robust_dpo"},
+    "bco_pair": {"loss": "bco_pair"},
+    "sppo_hard": {"loss": "sppo_hard"},
+    "aot": {"loss": "aot"},
+    "aot_unpaired": {"loss": "aot_unpaired"},
+    "apo_zero": {"loss": "apo_zero"},
+    "apo_down": {"loss": "apo_down"},
+    "discopop": {"loss": "discopop"},
+    "sigmoid_norm": {"loss": "dpo_norm"},
+    "sigmoid_ld05": {"loss": "ld_dpo"},
+    "sigmoid_wpo": {"loss": "wpo"},
+    "sigmoid_forward_kl": {"loss": "f_dpo", "divergence": "forward_kl"},
+    "sigmoid_js_divergence": {"loss": "f_dpo"},
+    "sigmoid_alpha_divergence": {"loss": "f_dpo", "divergence": "alpha_divergence"},
+    "mpo": {"loss": "mpo"},
 }
 
 
@@ -116,14 +157,20 @@ def fixture_step(directory: Path, **settings: Any):
         max_grad_norm=settings.get("max_grad_norm", 1.0),
         weight_decay=settings.get("weight_decay", 0.0),
     )
-    objective = make_loss(settings.get("loss", "dpo"))
+    own = {} if settings.get("loss") == "sft" else {"beta": 0.1}
+    if "divergence" in settings:
+        own["divergence"] = settings["divergence"]
+    movement = None
+    if "sync_every" in settings:
+        movement = tr_dpo(every=settings["sync_every"])
     step = make_train_step(
         fixture_model(directory)[0].apply,
-        objective,
+        make_loss(settings.get("loss", "dpo"), **own),
         optimizer,
         num_microbatches=settings.get("num_microbatches", 1),
+        movement=movement,
     )
-    return step, optimizer, schedule
+    return step, optimizer, schedule, movement
 
 
 def recorded_examples(record: dict, num_completions: int) -> list[Example]:
@@ -138,13 +185,25 @@ def recorded_examples(record: dict, num_completions: int) -> list[Example]:
     return examples
 
 
-@pytest.mark.parametrize("name", TRAJECTORIES)
+# Each compiles a step of its own; one of every way of computing runs with every change.
+QUICK = ["sigmoid_accum2", "sigmoid_wd_noclip", "sigmoid_linear_warmup", "sft", "aot"]
+QUICK += ["sigmoid", "sigmoid_chat", "sigmoid_noref", "sigmoid_maxlen32", "mpo"]
+QUICK += ["sigmoid_precompute", "sigmoid_gc", "sigmoid_sync_ref", "sigmoid_ld05"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in TRAJECTORIES
+    ],
+)
 def test_every_step_agrees_with_trls(name: str, shared: Path, tmp_path: Path):
     peers = shared / "peers"
     record = json.loads((peers / "trajectories" / f"{name}.json").read_text())
     settings = TRAJECTORIES[name]
     directory = peers / "fixture" / "model"
-    step, optimizer, schedule = fixture_step(directory, **settings)
+    step, optimizer, schedule, movement = fixture_step(directory, **settings)
     params = load(directory)
     has_reference = settings.get("loss") != "sft"
     reference = load(peers / "fixture" / "ref_model") if has_reference else None
@@ -155,6 +214,9 @@ def test_every_step_agrees_with_trls(name: str, shared: Path, tmp_path: Path):
     assert max(map(row_length, examples)) <= length
     size = len(examples) // len(record["steps"])
     state = init_state(params, optimizer)
+    if movement is not None:
+        state = state._replace(moving=movement.init(params, reference))
+        reference = None
     for index, wanted in enumerate(record["steps"]):
         batch = one_per_row(examples[index * size :][:size], length)
         state, sums = step(state, reference, batch)
@@ -169,7 +231,10 @@ def compare_step(got: dict, wanted: dict, has_reference: bool, name: str) -> Non
     names = ["loss", "logps/chosen"]
     if has_reference:
         names += ["logps/rejected", "rewards/chosen", "rewards/rejected"]
-        names += ["rewards/margins"]
+        # A small difference of two numbers carries the error of both.
+        size = abs(wanted["rewards/chosen"]) + abs(wanted["rewards/rejected"])
+        difference = got["rewards/margins"] - wanted["rewards/margins"]
+        assert abs(difference) <= 1e-4 * size + 2e-5
     for metric in names:
         np.testing.assert_allclose(
             got[metric], wanted[metric], rtol=1e-4, atol=2e-5, err_msg=metric
@@ -231,8 +296,8 @@ def take_steps(
 ) -> tuple[TrainState, dict[str, float], Any]:
     optimizer = constant_adamw()
     loss = make_loss(objective)
-    state = init_state(copy_params(params), optimizer)
-    reference = copy_params(params) if loss.needs_reference else None
+    state = init_state(copy_params(params), optimizer, loss)
+    reference = copy_params(params) if "reference" in loss.needs else None
     how: dict[str, Any] = {}
     if mesh is not None:
         shardings = as_shardings(state, mesh)
@@ -244,8 +309,7 @@ def take_steps(
     )
     values = {}
     for index in range(num_steps):
-        examples = random_examples(8, seed=index, completions=loss.num_completions)
-        batch = one_per_row(examples)
+        batch = one_per_row(supervised_examples(loss, index), length=64)
         if mesh is not None:
             batch = jax.device_put(batch, rows_sharding(mesh))
         state, sums = step(state, reference, batch)
@@ -298,15 +362,44 @@ def test_tensor_parallel_devices_equal_one(
     assert_close(single.params, sharded.params, 1e-5)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "sft"])
+SPLIT = ["dpo", "sft", "mpo", "aot", "aot_unpaired", "beta_dpo", "kto", "bco", "tdpo2"]
+
+
+@pytest.mark.parametrize("objective", [*SPLIT, "ld_dpo+aot", "plackett_luce"])
 def test_microbatches_equal_the_whole_batch(model: Model, params: Any, objective: str):
-    whole, values, _ = take_steps(model, params, 1, objective=objective)
+    whole, values, _ = take_steps(model, params, 2, objective=objective)
     split, split_values, _ = take_steps(
-        model, params, 1, objective=objective, num_microbatches=4
+        model, params, 2, objective=objective, num_microbatches=2
     )
-    moments = whole.opt_state, split.opt_state
-    assert_close(*moments, 1e-6)
+    assert_close(whole.params, split.params, 1e-6)
+    assert_close(whole.running, split.running, 1e-6)
     assert_close(values, split_values, 1e-5)
+
+
+@pytest.mark.parametrize("objective", ["aot", "aot_unpaired", "beta_dpo", "kto", "bco"])
+def test_statistics_of_a_batch_are_those_of_all_devices(
+    model: Model, params: Any, four_devices: None, objective: str
+):
+    mesh = make_mesh(data=2, fsdp=2)
+    pinned = make_model(SMALL, constrain=make_constrain(mesh))
+    single, values, _ = take_steps(model, params, 2, objective=objective)
+    sharded, sharded_values, _ = take_steps(
+        pinned, params, 2, objective=objective, mesh=mesh
+    )
+    assert_close(single.params, sharded.params, 1e-6)
+    assert_close(single.running, sharded.running, 1e-6)
+    assert_close(values, sharded_values, 1e-4)
+
+
+def test_an_example_of_weight_two_counts_as_two(model: Model, params: Any):
+    other = jax.jit(model.init)(jax.random.key(3))
+    examples = random_examples(4)
+    step = make_eval_step(model.apply, make_loss("mpo"))
+    heavy = [examples[0]._replace(weight=2.0), *examples[1:]]
+    twice = [examples[0], *examples]
+    weighted = means(step(params, other, one_per_row(heavy)))["loss"]
+    repeated = means(step(params, other, one_per_row(twice)))["loss"]
+    assert weighted == pytest.approx(repeated, rel=1e-6)
 
 
 def test_empty_rows_change_nothing(model: Model, params: Any):
@@ -360,3 +453,41 @@ def test_a_plain_function_serves_as_the_model():
         state, sums = step(state, reference, batch)
         losses.append(summarize(sums)["loss"])
     assert losses[-1] < 0.2 < losses[0]
+
+
+# -- References that move -------------------------------------------------------------
+
+
+def test_the_reference_of_tr_dpo_moves_every_so_many_steps():
+    """From 0 towards policies 1, 2, 3, 4 at steps 2 and 4, by a half: 0, 1, 1, 2.5."""
+    movement = tr_dpo(alpha=0.5, every=2)
+    state = movement.init({"w": jnp.zeros(())}, {"w": jnp.zeros(())})
+    seen = []
+    for step in range(1, 5):
+        policy = {"w": jnp.asarray(float(step))}
+        state = movement.update(state, policy, jnp.asarray(step))
+        seen.append(float(state["reference"]["w"]))
+    assert seen == [0.0, 1.0, 1.0, 2.5]
+
+
+def test_the_reference_of_bema_is_the_corrected_average():
+    """One parameter, from 1 to 3 at step 4 with lag 5, powers 1/2 and 1.
+
+    The average moves by (5 + 4)^-1/2 = 1/3 of 2, to 5/3; the correction is 2 / 9.
+    """
+    movement = bema(ema_power=0.5, bias_power=1.0, lag=5.0, every=4)
+    start = {"w": jnp.asarray(1.0)}
+    state = movement.init(start, start)
+    still = movement.update(state, {"w": jnp.asarray(3.0)}, jnp.asarray(3))
+    assert still["reference"]["w"] == 1.0
+    moved = movement.update(state, {"w": jnp.asarray(3.0)}, jnp.asarray(4))
+    np.testing.assert_allclose(moved["average"]["w"], 5 / 3, rtol=1e-6)
+    np.testing.assert_allclose(moved["reference"]["w"], 5 / 3 + 2 / 9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 0.0}, {"alpha": 1.5}, {"every": 0}])
+def test_a_movement_that_cannot_be_is_refused(settings: dict[str, Any]):
+    with pytest.raises(ValueError, match="reference"):
+        movement = tr_dpo(**settings)
+        one = {"w": jnp.ones(())}
+        movement.update(movement.init(one, one), one, jnp.asarray(1))
