@@ -13,6 +13,7 @@ from dpojax.config import (
     ExportConfig,
     GenerateConfig,
     InitConfig,
+    ScoreConfig,
     TrainConfig,
 )
 
@@ -38,6 +39,7 @@ def _dispatch(arguments: list[str]) -> None:
     commands = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
         | Annotated[InitConfig, tyro.conf.subcommand("init")]
         | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
@@ -46,6 +48,7 @@ def _dispatch(arguments: list[str]) -> None:
     # Imported here so that --help and a misspelt flag answer at once.
     from dpojax import commands as command
     from dpojax.run import run
+    from dpojax.scoring import score
     from dpojax.sentiment import run_sentiment
 
     match config:
@@ -55,6 +58,8 @@ def _dispatch(arguments: list[str]) -> None:
             run(config)
         case EvalConfig():
             command.evaluate_policy(config)
+        case ScoreConfig():
+            score(config)
         case InitConfig():
             command.init(config)
         case GenerateConfig():
