@@ -13,6 +13,7 @@ from dpojax.config import (
     GenerateConfig,
     InitConfig,
     LossesConfig,
+    ScoreConfig,
     TrainConfig,
 )
 from dpojax.user_code import load_names
@@ -40,6 +41,7 @@ def _dispatch(arguments: list[str]) -> None:
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
+        | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
         | Annotated[InitConfig, tyro.conf.subcommand("init")]
         | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
@@ -48,6 +50,7 @@ def _dispatch(arguments: list[str]) -> None:
     # Imported here so that --help and a misspelt flag answer at once.
     from dpojax import commands as command
     from dpojax.run import run
+    from dpojax.scoring import score
     from dpojax.sentiment import run_sentiment
 
     match config:
@@ -59,6 +62,8 @@ def _dispatch(arguments: list[str]) -> None:
             command.evaluate_policy(config)
         case LossesConfig():
             command.losses(config)
+        case ScoreConfig():
+            score(config)
         case InitConfig():
             command.init(config)
         case GenerateConfig():

@@ -17,6 +17,7 @@ from dpojax.data.packing import with_mismatched
 from dpojax.data.tokenize import encode_prompt, load_tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sampled_kl
 from dpojax.loading import (
+    as_reward_examples,
     check_positions,
     load_model,
     load_reference,
@@ -112,6 +113,8 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
         too_long=config.too_long,
         turns=config.turns,
     )
+    if "reward_head" in loss.needs:
+        examples = as_reward_examples(examples, loaded)
     if "mismatched" in loss.needs:
         examples = with_mismatched(examples, config.max_length)
     how: _Batching = {

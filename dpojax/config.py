@@ -238,6 +238,31 @@ class LossesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score completions with a reward model."""
+
+    model: str
+    """Reward model: a model directory or a hub name."""
+    data: str
+    """Prompts with completions, as for train."""
+    output: str
+    """JSON Lines file to write, new: prompt, completions and their scores, in order."""
+    split: str = "train"
+    """Split scored; of data without splits, everything."""
+    num_completions: Literal[1, 2] = 2
+    """What a record has: chosen and rejected, or one completion."""
+    max_examples: int | None = None
+    """Score this many records, chosen at random."""
+    max_length: int = 1024
+    """Most tokens of a prompt and one completion, with EOS; longer ones are cut."""
+    batch_size: int = 16
+    """Prompts scored at one time, with their completions."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations. Default: bfloat16, on a CPU float32."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class InitConfig:
     """Write a new, randomly initialised model directory."""
 

@@ -21,6 +21,7 @@ from dpojax.log_probs import (
 )
 from dpojax.losses.scores import Scores
 from dpojax.losses.table import Need
+from dpojax.rewards import completion_rewards
 
 Params = Any
 # (params, batch) -> hidden states [rows, length, width], output [vocabulary, width]
@@ -53,7 +54,10 @@ def make_measure(
 
     def measure(params: Params, reference: Params | None, batch: Batch) -> Scores:
         policy = apply(params, batch)
-        whole, prefix = sums(*policy, batch)
+        if "reward_head" in needs:
+            whole, prefix = completion_rewards(*policy, batch), None
+        else:
+            whole, prefix = sums(*policy, batch)
         scores = Scores(
             whole,
             None,

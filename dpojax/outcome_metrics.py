@@ -56,6 +56,8 @@ def outcome_sums(
     sides = _sides(loss, candidates, rewards or (), live)
     for name, side in sides.items():
         sums |= _side_sums(name, side)
+        if "reward_head" in loss.needs:  # which gives rewards, no probabilities
+            del sums[f"logps/{name}"], sums[f"logps/{name}_per_token"]
     if loss.kind in ("pair", "ranked"):
         sums |= _pair_sums(sides["chosen"], sides["rejected"])
     elif loss.kind == "judged":

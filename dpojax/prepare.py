@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Literal
 
 from dpojax.config import LossConfig, MovingConfig
-from dpojax.data.packing import Example, end_as_input
+from dpojax.data.packing import Example
 from dpojax.data.records import load_records
 from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
 from dpojax.losses.make import Loss, make_loss, split_terms
@@ -110,8 +110,6 @@ def load_examples(
     )
     say(f"{split}: {describe(conversion)}; {describe(counts)}")
     _check_probabilities(loss, examples)
-    if "reward_head" in loss.needs:
-        return [end_as_input(example) for example in examples]
     return examples
 
 

@@ -22,6 +22,7 @@ from dpojax.data.tokenize import Tokenizer
 from dpojax.evaluation import evaluate, make_sampler
 from dpojax.loading import (
     Loaded,
+    as_reward_examples,
     check_positions,
     load_model,
     load_reference,
@@ -86,6 +87,8 @@ def run(config: TrainConfig) -> Result:
     check_positions(loaded, config.max_length)
     train = _read_examples(config, loss, loaded.tokenizer, config.train_split)
     test = _read_examples(config, loss, loaded.tokenizer, config.test_split)
+    if "reward_head" in loss.needs:
+        train, test = (as_reward_examples(part, loaded) for part in (train, test))
     advice = balance_advice(loss, train)
     if advice is not None:
         say(advice)

@@ -18,6 +18,7 @@ ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch, and of activations
 
 # First match wins; a dimension that its axes do not divide stays whole.
 RULES = (
+    (r"score/embedding$", PartitionSpec()),  # one row: not worth gathering
     (r"embedding$", PartitionSpec("tensor", "fsdp")),
     (r"(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
     (r"(output|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),

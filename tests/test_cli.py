@@ -274,10 +274,10 @@ def test_a_misspelt_flag_or_command_is_answered_with_the_nearest(
     assert nearest in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["init"], ["export"]])
-def test_help_is_given_on_demand(capfd: pytest.CaptureFixture[str], command: list[str]):
+@pytest.mark.parametrize("command", ["", "train", "eval", "score", "init", "export"])
+def test_help_is_given_on_demand(capfd: pytest.CaptureFixture[str], command: str):
     with pytest.raises(SystemExit) as stopped:
-        main([*command, "--help"])
+        main([*command.split(), "--help"])
     assert stopped.value.code == 0
     assert "usage: dpojax" in capfd.readouterr().out
 

@@ -1,13 +1,14 @@
 """Hugging Face configs: what is read, and that nothing is silently ignored."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dpojax.models.decoder import DecoderConfig, Llama3Rope, rotary_frequencies
-from dpojax.models.families import as_decoder_config, as_settings
+from dpojax.models.families import as_decoder_config, as_reward_settings, as_settings
 
 SCALING = {
     "factor": 8.0,
@@ -159,6 +160,39 @@ def test_a_sliding_window_of_qwen2_is_refused():
     )
     with pytest.raises(ValueError, match="use_sliding_window = True"):
         as_decoder_config(settings)
+
+
+def reward(**changes: Any) -> dict[str, Any]:
+    return llama(architectures=["LlamaForSequenceClassification"], **changes)
+
+
+@pytest.mark.parametrize("labels", [{"id2label": {"0": "good"}}, {"num_labels": 1}])
+def test_a_classifier_of_one_label_is_a_reward_model(labels: dict[str, Any]):
+    config = as_decoder_config(reward(**labels, problem_type="regression"))
+    assert config == replace(as_decoder_config(LLAMA), head="score")
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"),
+    [({}, 2), ({"id2label": {"0": "a", "1": "b"}}, 2), ({"num_labels": 3}, 3)],
+)
+def test_a_classifier_of_several_labels_is_refused(labels: dict[str, Any], count: int):
+    """Where nothing is said, transformers takes two labels."""
+    with pytest.raises(ValueError, match=f"a classifier of {count} labels"):
+        as_decoder_config(reward(**labels))
+
+
+def test_the_settings_of_a_reward_model_read_back_as_its_config():
+    config = replace(as_decoder_config(llama(head_dim=24)), head="score")
+    assert as_decoder_config(as_settings(config)) == config
+
+
+def test_a_causal_models_settings_become_a_reward_models_and_keep_the_rest():
+    settings = as_reward_settings(llama(num_labels=2))
+    added = {"architectures", "id2label", "label2id"}
+    assert settings.keys() == LLAMA.keys() | added
+    assert all(settings[key] == LLAMA[key] for key in LLAMA.keys() - added)
+    assert as_decoder_config(settings).head == "score"
 
 
 def test_missing_keys_are_named():

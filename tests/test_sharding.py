@@ -102,6 +102,14 @@ def test_rules_give_each_parameter_its_spec():
     assert as_specs(params, make_mesh(data=2, tensor=2)) == expected
 
 
+def test_a_scalar_head_is_whole_on_every_device_and_so_is_its_optimizer():
+    params = {"score": {"embedding": jax.ShapeDtypeStruct((1, 32), jnp.float32)}}
+    state = jax.eval_shape(optax.adamw(1e-3).init, params)
+    for tree in (params, state):
+        specs = as_specs(tree, make_mesh(data=1, fsdp=2, tensor=2))
+        assert set(specs.values()) == {P()}
+
+
 def test_shards_are_the_parts_that_the_mesh_says():
     params = make_params()
     shapes = {

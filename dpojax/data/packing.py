@@ -31,6 +31,29 @@ def row_length(example: Example) -> int:
     return len(example.prompt) - 1 + sum(len(tokens) for tokens in example.completions)
 
 
+def end_as_input(example: Example, padding: int | None = None) -> Example:
+    """Makes each completion's last token an input, where a reward model is read.
+
+    A branch's inputs are its completion without the last token. So that token is
+    repeated; the copy is not scored: lengths and log-probabilities stay as they are.
+
+    Args:
+      example: a prompt and its completions.
+      padding: the model's padding token. `transformers` reads a score at the last token
+        that is not padding; so a completion that ends with it, as it does where
+        padding and EOS are one token, stays as it is and is read before its end.
+    """
+    completions, masks = [], []
+    for index, tokens in enumerate(example.completions):
+        scored = np.ones(len(tokens), bool)
+        mask = scored if example.masks is None else example.masks[index]
+        if tokens[-1] != padding:
+            tokens, mask = np.append(tokens, tokens[-1]), np.append(mask, False)
+        completions.append(tokens)
+        masks.append(mask)
+    return example._replace(completions=tuple(completions), masks=tuple(masks))
+
+
 def bucket_length(length: int, smallest: int = 16) -> int:
     """The smallest of 1, 2, 3, 4, 6, 8, 12, ... from `smallest` on that holds `length`.
 

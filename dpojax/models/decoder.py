@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,8 @@ class DecoderConfig:
     rope_scaling: Llama3Rope | None = None
     qkv_bias: bool = False
     tied_output: bool = False  # the output matrix is the embedding
+    # What final hidden states meet: the output matrix, or a reward model's one row.
+    head: Literal["vocabulary", "score"] = "vocabulary"
     max_length: int = 2048  # positions that the model is meant for
     initializer_range: float = 0.02
 
@@ -68,7 +70,7 @@ class Model(NamedTuple):
     config: DecoderConfig
     params: Params  # shapes and dtypes, no arrays
     init: Callable[[Array], Params]  # key -> parameters
-    # (params, batch) -> hidden states [rows, length, width], output matrix
+    # (params, batch) -> hidden states [rows, length, width], the head [., width]
     apply: Callable[[Params, Batch], tuple[Array, Array]]
     # (params, tokens, position, example, cache, offset) -> the same and the new cache
     extend: Callable[..., tuple[Array, Array, Cache]]
@@ -135,22 +137,20 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, options: Options, rngs: nnx.Rngs):
         self.config = config
         self.options = options
-        table = partial(
-            nnx.Embed,
-            config.vocabulary_size,
-            config.width,
-            param_dtype=options.param_dtype,
-            embedding_init=nnx.initializers.normal(config.initializer_range),
-        )
-        self.embedding = table(rngs=rngs)
-        if not config.tied_output:
-            self.output = table(rngs=rngs)
+        table = partial(_table, config, options, rngs)
+        self.embedding = table(config.vocabulary_size, config.initializer_range)
+        if config.head == "score":
+            # Stiennon et al. 2020, appendix B.1: after a norm, rewards start at the
+            # order of 1; from zeros, the decoder would get no gradient at first.
+            self.score = table(1, (config.width + 1) ** -0.5)
+        elif not config.tied_output:
+            self.output = table(config.vocabulary_size, config.initializer_range)
         make_block = nnx.vmap(lambda rngs: Block(config, options, rngs))
         self.blocks = make_block(rngs.split(config.num_layers))
         self.norm = _norm(config, options, rngs)
 
     def __call__(self, batch: Batch) -> tuple[Hidden, Array]:
-        """Hidden states of each row, and the output matrix ``[vocabulary, width]``."""
+        """Hidden states of each row; output matrix, or a score's ``[1, width]``."""
         example, branch = jnp.asarray(batch.example), jnp.asarray(batch.branch)
 
         def attend(
@@ -160,7 +160,7 @@ class Decoder(nnx.Module):
 
         tokens, position = jnp.asarray(batch.tokens), jnp.asarray(batch.position)
         hidden, _ = self._blocks(tokens, position, attend, None)
-        return hidden, self._output_matrix()
+        return hidden, self._head_matrix()
 
     def extend(
         self,
@@ -187,9 +187,11 @@ class Decoder(nnx.Module):
             return attention(query, keys, values, example, prompt, offset), cache
 
         hidden, cache = self._blocks(tokens, position, attend, cache)
-        return hidden, self._output_matrix(), cache
+        return hidden, self._head_matrix(), cache
 
-    def _output_matrix(self) -> Array:
+    def _head_matrix(self) -> Array:
+        if self.config.head == "score":
+            return self.score.embedding[...]
         table = self.embedding if self.config.tied_output else self.output
         return table.embedding[...]
 
@@ -278,6 +280,18 @@ def _norm(config: DecoderConfig, options: Options, rngs: nnx.Rngs) -> nnx.RMSNor
         epsilon=config.norm_epsilon,
         dtype=options.compute_dtype,
         param_dtype=options.param_dtype,
+        rngs=rngs,
+    )
+
+
+def _table(
+    config: DecoderConfig, options: Options, rngs: nnx.Rngs, rows: int, spread: float
+) -> nnx.Embed:
+    return nnx.Embed(
+        rows,
+        config.width,
+        param_dtype=options.param_dtype,
+        embedding_init=nnx.initializers.normal(spread),
         rngs=rngs,
     )
 

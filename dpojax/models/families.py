@@ -5,7 +5,7 @@ nothing about the numbers, or allowed only at the value at which it changes noth
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dpojax.models.decoder import DecoderConfig, Llama3Rope
 
@@ -13,7 +13,7 @@ from dpojax.models.decoder import DecoderConfig, Llama3Rope
 _SILENT = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id",
     "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "is_encoder_decoder", "label2id", "max_window_layers", "model_type",
+    "is_encoder_decoder", "label2id", "max_window_layers", "model_type", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
     "return_dict", "torch_dtype", "transformers_version", "unsloth_version",
     "use_cache",
@@ -41,19 +41,26 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 class Family(NamedTuple):
     """What distinguishes a family whose weights share the names below."""
 
-    architecture: str  # transformers' class
+    name: str  # what transformers' classes begin with
     qkv_bias: bool
     ignored_when_unused: frozenset[str] = frozenset()  # inert unless a switch is on
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", qkv_bias=False),
+    "llama": Family("Llama", qkv_bias=False),
     # Qwen2 states a window and layer types even where use_sliding_window is false.
     "qwen2": Family(
-        "Qwen2ForCausalLM",
+        "Qwen2",
         qkv_bias=True,
         ignored_when_unused=frozenset({"sliding_window", "layer_types"}),
     ),
+}
+
+# How transformers' classes end, and the head that they put on a decoder.
+Head = Literal["vocabulary", "score"]
+_HEADS: dict[str, Head] = {
+    "ForCausalLM": "vocabulary",
+    "ForSequenceClassification": "score",  # with one label: a reward model
 }
 
 # Our path of a parameter to Hugging Face's name. A `{layer}` stands where a stacked
@@ -61,6 +68,7 @@ FAMILIES = {
 WEIGHT_NAMES = {
     "embedding/embedding": "model.embed_tokens.weight",
     "output/embedding": "lm_head.weight",
+    "score/embedding": "score.weight",
     "norm/scale": "model.norm.weight",
     "blocks/attention_norm/scale": "model.layers.{layer}.input_layernorm.weight",
     "blocks/mlp_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
@@ -92,6 +100,7 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
       ValueError: for a family, a key or a value that the decoder does not have.
     """
     family = _family(settings)
+    head = _head(settings, family)
     _refuse_unsupported(settings, family)
     missing = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                "intermediate_size"} - settings.keys()  # fmt: skip
@@ -112,6 +121,7 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
         rope_scaling=scaling,
         qkv_bias=family.qkv_bias,
         tied_output=settings.get("tie_word_embeddings", False),
+        head=head,
         max_length=settings.get("max_position_embeddings", 2048),
         initializer_range=settings.get("initializer_range", 0.02),
     )
@@ -120,8 +130,8 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
 def as_settings(config: DecoderConfig) -> dict[str, Any]:
     """The ``config.json`` of a new Llama of this shape; rotary scaling excluded."""
     assert config.rope_scaling is None and not config.qkv_bias
-    return {
-        "architectures": [FAMILIES["llama"].architecture],
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocabulary_size,
         "hidden_size": config.width,
@@ -137,6 +147,17 @@ def as_settings(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "initializer_range": config.initializer_range,
     }
+    return settings if config.head == "vocabulary" else as_reward_settings(settings)
+
+
+def as_reward_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` of a reward model whose decoder is that of a causal model."""
+    kept = {key: value for key, value in settings.items() if key != "num_labels"}
+    return kept | {
+        "architectures": [f"{_family(settings).name}ForSequenceClassification"],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+    }
 
 
 def _family(settings: Mapping[str, Any]) -> Family:
@@ -145,14 +166,30 @@ def _family(settings: Mapping[str, Any]) -> Family:
         raise ValueError(
             f"config.json has model_type {name!r}; supported: {', '.join(FAMILIES)}."
         )
-    family = FAMILIES[name]
-    architectures = settings.get("architectures") or [family.architecture]
-    if architectures != [family.architecture]:
+    return FAMILIES[name]
+
+
+def _head(settings: Mapping[str, Any], family: Family) -> Head:
+    heads: dict[str, Head] = {family.name + end: head for end, head in _HEADS.items()}
+    architectures = settings.get("architectures") or [next(iter(heads))]
+    if len(architectures) != 1 or architectures[0] not in heads:
         raise ValueError(
-            f"config.json has architectures {architectures}; dpojax reads "
-            f"{family.architecture}, a causal language model."
+            f"config.json has architectures {architectures}; dpojax reads one of "
+            f"{', '.join(heads)}: a causal language model or a reward model."
         )
-    return family
+    head = heads[architectures[0]]
+    if head == "score" and _num_labels(settings) != 1:
+        raise ValueError(
+            f"config.json describes a classifier of {_num_labels(settings)} labels; "
+            "a reward model has one (num_labels, or one entry of id2label)."
+        )
+    return head
+
+
+def _num_labels(settings: Mapping[str, Any]) -> int:
+    """As transformers counts them: two where nothing is said."""
+    labels = settings.get("id2label") or (None, None)
+    return settings.get("num_labels") or len(labels)
 
 
 def _refuse_unsupported(settings: Mapping[str, Any], family: Family) -> None:

@@ -71,6 +71,7 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
     Args:
       directory: a model directory with ``model.safetensors`` or an index of shards.
       abstract: nested dicts of `jax.ShapeDtypeStruct`: what to read, in which dtype.
+        Without any head, the decoder alone is read.
       shardings: a `jax.sharding.Sharding` for each.
 
     Returns:
@@ -91,8 +92,9 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
 
         params = jax.tree.map_with_path(read, abstract, shardings)
     surplus = {name for name in tensors if name not in expected and _matters(name)}
-    if "lm_head.weight" in surplus and "output" not in abstract:
-        surplus.remove("lm_head.weight")  # a tied model's file may hold its copy
+    if "lm_head.weight" in surplus and not {"output", "score"} & abstract.keys():
+        # A tied model's file may hold its copy; what becomes a reward model drops it.
+        surplus.remove("lm_head.weight")
     if surplus:
         raise ValueError(
             f"{directory} has tensors that its config.json does not account for: "
