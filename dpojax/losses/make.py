@@ -46,6 +46,8 @@ class Term(NamedTuple):
         weighting = {**self.settings, **self.modifiers}.get("weighting")
         if "ld_alpha" in self.modifiers:
             needs.add("prefix")
+        if self.settings.get("margin_scale"):
+            needs.add("score")
         if weighting == "aligned":
             needs.add("log_sum_squares")
         elif weighting == "likelihood":
@@ -346,6 +348,7 @@ _LIMITS: dict[str, _Limit] = {
     "desirable_weight": _NOT_NEGATIVE,
     "undesirable_weight": _NOT_NEGATIVE,
     "center": _NOT_NEGATIVE,
+    "margin_scale": _NOT_NEGATIVE,
     "ld_alpha": _Limit("in [0, 1]", lambda value: 0 <= value <= 1),
     "divergence_alpha": _FINITE,
     "divergence": _Limit(

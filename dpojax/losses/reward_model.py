@@ -8,15 +8,22 @@ from jax.nn import log_sigmoid
 from dpojax.losses.scores import Outcome, Scores
 
 
-def bradley_terry(chosen: Scores, rejected: Scores, *, center: float = 0.0) -> Outcome:
+def bradley_terry(
+    chosen: Scores,
+    rejected: Scores,
+    *,
+    center: float = 0.0,
+    margin_scale: float = 0.0,
+) -> Outcome:
     """Maximum likelihood of preferences under Bradley and Terry's model.
 
     ``-log sigmoid(r_chosen - r_rejected - margin) + center (r_chosen + r_rejected)^2``.
-    The margin is the difference of the annotators' scores where the data have them.
+    The margin is `margin_scale` times the difference of the annotators' scores.
 
     Args:
       chosen: rewards of the preferred completions; each ``[*batch]``.
       rejected: of the others, likewise.
+      margin_scale: of the data's scores or its column ``margin``; TRL's is 1.
       center: draws the rewards' mean to 0; 0.01 by Eisenstein et al.
 
     Returns:
@@ -29,6 +36,6 @@ def bradley_terry(chosen: Scores, rejected: Scores, *, center: float = 0.0) -> O
     """
     good, bad = chosen.policy, rejected.policy
     margin = good - bad
-    if chosen.score is not None and rejected.score is not None:
-        margin -= chosen.score - rejected.score
+    if margin_scale:
+        margin -= margin_scale * (chosen.rating - rejected.rating)
     return Outcome(-log_sigmoid(margin) + center * (good + bad) ** 2, (good, bad))

@@ -367,7 +367,7 @@ OBJECTIVES: dict[str, Objective] = {
     # -- Reward models ----------------------------------------------------------------
     "bradley_terry": Objective(
         reward_model.bradley_terry,
-        "-ls(r_w - r_l - margin) + center (r_w + r_l)²",
+        "-ls(r_w - r_l - margin) + center (r_w + r_l)², r a scalar head's",
         "Ouyang et al. 2022, eq. 1",
         needs=("reward_head",),
         learning_rate=1e-5,
