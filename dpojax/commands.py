@@ -7,7 +7,7 @@ import jax
 
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
-from dpojax.data.records import read_records
+from dpojax.data.records import load_records
 from dpojax.data.tokenize import (
     describe,
     encode_prompt,
@@ -90,10 +90,10 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
     objective = make_loss("dpo", beta=config.beta)
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     reference = load_reference(config.reference, loaded, mesh)
-    records = read_records(
-        config.data,
+    records, conversion = load_records(
+        [config.data],
         split=config.split,
-        num_completions=2,
+        kind="pair",
         test_size=config.test_size,
         max_examples=config.max_examples,
     )
@@ -104,7 +104,7 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
         max_length=config.max_length,
         too_long=config.too_long,
     )
-    say(f"{config.split}: {describe(counts)}")
+    say(f"{config.split}: {describe(conversion)}; {describe(counts)}")
     how: _Batching = {
         "batch_size": config.batch_size,
         "placement": make_placement(mesh),

@@ -15,7 +15,7 @@ from dpojax.checkpoint import Checkpoints, Note
 from dpojax.config import TrainConfig
 from dpojax.data.loader import fingerprint, training_batches
 from dpojax.data.packing import Example
-from dpojax.data.records import read_records
+from dpojax.data.records import load_records
 from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
 from dpojax.evaluation import evaluate, make_sampler
 from dpojax.loading import Loaded, check_positions, load_model, load_reference
@@ -280,17 +280,17 @@ def _read_examples(
     config: TrainConfig, objective: Objective, tokenizer: Tokenizer, split: str
 ) -> list[Example]:
     assert config.data is not None
-    records = read_records(
-        config.data,
+    records, conversion = load_records(
+        [config.data],
         split=split,
-        num_completions=objective.num_completions,
+        kind="pair" if objective.num_completions == 2 else "single",
         test_size=config.test_size,
         max_examples=config.max_examples,
     )
     examples, counts = tokenize_records(
         records, tokenizer, max_length=config.max_length, too_long=config.too_long
     )
-    say(f"{split}: {describe(counts)}")
+    say(f"{split}: {describe(conversion)}; {describe(counts)}")
     return examples
 
 

@@ -65,7 +65,7 @@ def write_directory(path: Path, rows: Rows) -> None:
 
 
 def read(source: str | Path, split: str = "train", **settings: Any) -> list[Record]:
-    options = {"num_completions": 2, "test_size": 0} | settings
+    options = {"test_size": 0} | settings
     return read_records(str(source), split=split, **options)
 
 
@@ -117,16 +117,6 @@ def test_an_origin_names_the_line_of_the_file_and_blank_lines_are_passed_over(
 def test_further_columns_are_allowed(tmp_path: Path):
     path = write_lines(tmp_path / "data.jsonl", [pairs(1)[0] | {"source": 3}])
     assert len(read(path)) == 1
-
-
-def test_one_completion_is_the_column_completion_or_else_chosen(tmp_path: Path):
-    rows: Rows = [
-        {"prompt": "p", "completion": "x"},
-        {"prompt": "p", "completion": "x", "chosen": "y"},
-        {"prompt": "p", "chosen": "y", "rejected": "z"},
-    ]
-    records = read(write_lines(tmp_path / "data.jsonl", rows), num_completions=1)
-    assert [record.completions for record in records] == [("x",), ("x",), ("y",)]
 
 
 def test_an_empty_prompt_is_allowed(tmp_path: Path):
@@ -259,7 +249,10 @@ def test_a_missing_column_without_a_near_one_is_refused(tmp_path: Path):
     path = write_lines(tmp_path / "data.jsonl", [{"xyz": 1}])
     assert refusal(path) == f"{path}, line 1 has no 'prompt'; it has xyz."
     path = write_lines(tmp_path / "data.jsonl", [{"prompt": "p", "completions": "x"}])
-    assert "no 'completion'" in refusal(path, num_completions=1)
+    assert refusal(path) == (
+        f"{path}, line 1 has no 'scores'; it has prompt, completions, and the nearest "
+        "format, scored completions, needs prompt, completions, scores."
+    )
 
 
 @pytest.mark.parametrize("empty", ["", " \n"])

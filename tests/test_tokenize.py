@@ -436,9 +436,7 @@ def tokenized_fixture(
     shared: Path, data: str, count: int
 ) -> tuple[Tokenizer, list[tuple[list[int], ...]]]:
     fixture = shared / "peers" / "fixture"
-    records = read_records(
-        str(fixture / data), split="train", num_completions=2, test_size=0
-    )
+    records = read_records(str(fixture / data), split="train", test_size=0)
     tokenizer = load_tokenizer(fixture / "tokenizer")
     return tokenizer, tokenized(tokenizer, *records[:count])[0]
 
