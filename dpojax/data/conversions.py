@@ -26,7 +26,7 @@ class ConversionCounts(NamedTuple):
 
     read: int
     records: int
-    dropped_ties: int  # rankings in which no two scores differ
+    dropped_ties: int  # rankings that gave no two completions of different scores
     dropped_undesirable: int  # bad answers, where good ones are to be made likely
     dropped_misordered: int  # pairs whose chosen does not score higher
 
