@@ -514,11 +514,11 @@ TEXTS = st.text("ab \n", min_size=1, max_size=12).filter(str.strip)
 def test_a_split_loses_nothing_and_splits_no_word(
     shared: str, chosen: str, rejected: str
 ):
-    prompt, (one, other) = split_shared(shared + chosen, shared + rejected, ORIGIN)
+    prompt, completions = split_shared(shared + chosen, shared + rejected, ORIGIN)
     assert isinstance(prompt, str)
-    assert (prompt + one, prompt + other) == (shared + chosen, shared + rejected)
-    for rest in (one, other):
-        assert rest.strip()
+    for rest, end in zip(completions, (chosen, rejected), strict=True):
+        assert isinstance(rest, str) and rest.strip()
+        assert prompt + rest == shared + end
         assert not prompt or prompt[-1].isspace() or rest[0].isspace()
 
 

@@ -55,8 +55,9 @@ def split_after(
         asked = [m.get("content") for m in chosen[:end] if m["role"] == "user"]
         if prompt.strip() in [str(text).strip() for text in asked]:
             return split_shared(chosen, rejected, origin)
-    elif prompt and all(said[: len(prompt)] == prompt for said in (chosen, rejected)):
-        end = len(prompt)
+        return prompt, (chosen, rejected)
+    end = len(prompt)
+    if end and all(len(s) > end and s[:end] == prompt for s in (chosen, rejected)):
         return prompt, (chosen[end:], rejected[end:])
     return prompt, (chosen, rejected)
 
