@@ -80,28 +80,14 @@ def as_kind(
             converted = list(_as_pairs(record, chosen, shared=pairs_from == "all"))
         else:
             converted = _CONVERSIONS[record.kind, kind](record)
-        if kind == "pair" and needs_scores:
-            kept = [pair for pair in converted if _is_ordered(pair)]
-            dropped["misordered"] += len(converted) - len(kept)
-            found += kept
-        else:
-            found += converted
         if not converted:
             dropped["ties" if record.kind == "ranked" else "undesirable"] += 1
-    counts = ConversionCounts(
-        len(records),
-        len(found),
-        dropped["ties"],
-        dropped["undesirable"],
-        dropped["misordered"],
-    )
-    if not found:
-        raise ValueError(
-            f"Of {len(records)} records none is left as {kind!r}: "
-            f"{dropped['ties']} are ties, {dropped['undesirable']} undesirable and "
-            f"{dropped['misordered']} have a chosen score that is not the larger one."
-        )
-    return found, counts
+        if kind == "pair" and needs_scores:
+            ordered = [pair for pair in converted if _is_ordered(pair)]
+            dropped["misordered"] += len(converted) - len(ordered)
+            converted = ordered
+        found += converted
+    return found, _count(len(records), len(found), kind, dropped)
 
 
 def accept(
@@ -168,6 +154,21 @@ def _check(
             f"pairs_from is {pairs_from!r}, but no ranking is made into pairs here; "
             "leave it out."
         )
+
+
+def _count(
+    num_read: int, num_found: int, kind: Kind, dropped: Counter[str]
+) -> ConversionCounts:
+    names = ("ties", "undesirable", "misordered")
+    counts = ConversionCounts(num_read, num_found, *(dropped[name] for name in names))
+    if not num_found:
+        raise ValueError(
+            f"Of {num_read} records none is left as {kind!r}: {counts.dropped_ties} "
+            f"are ties, {counts.dropped_undesirable} undesirable and "
+            f"{counts.dropped_misordered} have a chosen score that is not the larger "
+            "one."
+        )
+    return counts
 
 
 def _choose_pairs(

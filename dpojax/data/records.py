@@ -7,6 +7,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -40,19 +41,18 @@ def load_records(
     """Reads one split of several data sets, mixes them and makes them of one kind.
 
     Args:
-      sources: data sets as `read_records` takes them.
+      sources: data sets as `read_records` takes them; `columns` holds for each.
       split: name of the split, usually ``"train"`` or ``"test"``.
       kind: what the objective takes.
-      weights: how often each source's records are repeated, see `weigh`; by default
-        every record stands once.
-      columns: names, in the data, of columns that have another name here.
+      weights: how often each source's records stand, see `weigh`; by default once.
+      columns: for a column's name in `dpojax.data.formats` its name in the data.
       test_size: what is cut off each source as its test split.
       max_examples: keep this many of each source.
-      pairs_from: how rankings give pairs, see `as_kind`.
-      beta: temperature of ``pairs_from="rso"``.
-      num_accepted: the most completions of a record that it accepts.
-      seed: of its draws.
-      needs_scores: whether pairs must have scores.
+      pairs_from: how rankings give pairs, see `as_kind`; so are the next three.
+      beta: temperature of ``rso``.
+      num_accepted: the most completions of a record that ``rso`` accepts.
+      seed: of the draws of ``rso``.
+      needs_scores: whether pairs must have scores, the chosen one's larger.
 
     Returns:
       The records, source by source, and the counts of what was left out.
@@ -60,23 +60,16 @@ def load_records(
     Raises:
       ValueError: as `read_records`, `weigh` and `as_kind` do.
     """
-    if weights is None:
-        weights = [1.0] * len(sources)
-    if not sources or len(weights) != len(sources):
-        raise ValueError(
-            f"{len(sources)} data sets came with {len(weights)} weights; give at least "
-            "one data set, and a weight for each or none at all."
-        )
+    read = partial(
+        read_records,
+        split=split,
+        columns=columns,
+        test_size=test_size,
+        max_examples=max_examples,
+    )
     mixed: list[Record] = []
-    for source, weight in zip(sources, weights, strict=True):
-        records = read_records(
-            source,
-            split=split,
-            columns=columns,
-            test_size=test_size,
-            max_examples=max_examples,
-        )
-        mixed += weigh(records, weight)
+    for source, weight in _with_weights(sources, weights):
+        mixed += weigh(read(source), weight)
     return as_kind(
         mixed,
         kind,
@@ -164,6 +157,19 @@ def weigh(records: Sequence[Record], weight: float) -> list[Record]:
             "larger weight or leave the data set out."
         )
     return weighed
+
+
+def _with_weights(
+    sources: Sequence[str], weights: Sequence[float] | None
+) -> list[tuple[str, float]]:
+    if weights is None:
+        weights = [1.0] * len(sources)
+    if not sources or len(weights) != len(sources):
+        raise ValueError(
+            f"{len(sources)} data sets came with {len(weights)} weights; give at least "
+            "one data set, and a weight for each or none at all."
+        )
+    return list(zip(sources, weights, strict=True))
 
 
 def _cut(rows: list[Row], source: str, split: str, test_size: float) -> list[Row]:
