@@ -16,7 +16,7 @@ from dpojax.data.fields import Kind, Record
 
 PairsFrom = Literal["best_worst", "all", "rso"]
 
-# Liu et al. 2023, section 4: beta 0.5, and 8 candidates accepted.
+# Liu et al. 2023, section 5: beta 0.5, and 8 of 64 candidates accepted.
 REJECTION_BETA = 0.5
 NUM_ACCEPTED = 8
 
