@@ -249,8 +249,8 @@ class ScoreConfig:
     """JSON Lines file to write, new: prompt, completions and their scores, in order."""
     split: str = "train"
     """Split scored; of data without splits, everything."""
-    num_completions: Literal[1, 2] = 2
-    """What a record has: chosen and rejected, or one completion."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our names of columns and the data's, as in training."""
     max_examples: int | None = None
     """Score this many records, chosen at random."""
     max_length: int = 1024

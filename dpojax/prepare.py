@@ -141,7 +141,7 @@ def _load_objective(name: str) -> Objective:
     value = names.get(key)
     if isinstance(value, Objective):
         return value
-    if not callable(value):
+    if not isinstance(value, FunctionType):
         others = [
             other
             for other, thing in names.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -273,7 +274,7 @@ def _init_state(
     opt_shapes = jax.eval_shape(optimizer.init, params)
     init = jax.jit(optimizer.init, out_shardings=as_shardings(opt_shapes, mesh))
     moving = {} if movement is None else movement.init(params, reference)
-    step = np.zeros((), np.int32)
+    step = jnp.zeros((), jnp.int32)
     state = TrainState(step, params, init(params), loss.initial_running(), moving)
     return jax.device_put(state, as_shardings(state, mesh))
 
@@ -343,7 +344,8 @@ def _read_examples(
         loss,
         tokenizer,
         split=split,
-        weights=config.data_weights,
+        # What is held out stands once, however often training repeats it.
+        weights=config.data_weights if split == config.train_split else None,
         columns=config.columns,
         test_size=config.test_size,
         max_examples=config.max_examples,

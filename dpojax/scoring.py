@@ -138,7 +138,7 @@ def _read(config: ScoreConfig) -> list[Record]:
     return read_records(
         config.data,
         split=config.split,
-        num_completions=config.num_completions,
+        columns=config.columns,
         test_size=0,
         max_examples=config.max_examples,
     )

@@ -311,7 +311,7 @@ def test_an_experiment_file_gives_the_defaults_and_flags_override_them(
     (data.parent / "experiment.py").write_text(
         "from dpojax.config import TrainConfig\n\n\n"
         f"def config():\n    return TrainConfig(model={str(model)!r}, "
-        f"data={str(data)!r}, batch_size=-7)\n"
+        f"data=({str(data)!r},), batch_size=-7)\n"
     )
     assert "batch_size is -7" in fail("train", "experiment.py")
     assert "batch_size is -9" in fail("train", "experiment.py", "--batch-size", "-9")

@@ -130,6 +130,25 @@ def test_the_fingerprint_changes_with_any_token_or_boundary(other: list[Example]
     assert fingerprint([as_example([1, 5], [7, 8, 2], [9, 2])]) != fingerprint(other)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"scores": (2.0, 1.0)},
+        {"weight": 0.5},
+        {"masks": (np.array([True, False, True]), np.array([True, True]))},
+        {"masks": (np.array([False, True, True]), np.array([True, True]))},
+    ],
+)
+def test_the_fingerprint_changes_with_what_is_said_of_an_example(said: dict):
+    example = as_example([1, 5], [7, 8, 2], [9, 2])
+    assert fingerprint([example]) != fingerprint([example._replace(**said)])
+    if "masks" in said:
+        other = tuple(~mask for mask in said["masks"])
+        assert fingerprint([example._replace(masks=other)]) != fingerprint(
+            [example._replace(**said)]
+        )
+
+
 def test_the_fingerprint_tells_prompts_from_completions():
     pair = [as_example([1, 5], [7, 2], [9, 2])]
     singles = [as_example([1, 5], [7, 2]), as_example([9, 2])]

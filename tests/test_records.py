@@ -1,10 +1,11 @@
-"""Readers of preference data: what is read, how it is cut, what is refused.
+"""Readers of preference data: what is read, how it is cut and mixed, what is refused.
 
 Knows the public functions of `dpojax.data.records` only.
 """
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import datasets
 import pytest
 
-from dpojax.data.records import Record, read_records
+from dpojax.data.conversions import ConversionCounts
+from dpojax.data.fields import Kind
+from dpojax.data.records import Record, load_records, read_records, weigh
 
 Rows = list[dict[str, Any]]
 
@@ -65,7 +68,7 @@ def write_directory(path: Path, rows: Rows) -> None:
 
 
 def read(source: str | Path, split: str = "train", **settings: Any) -> list[Record]:
-    options = {"num_completions": 2, "test_size": 0} | settings
+    options: dict[str, Any] = {"test_size": 0} | settings
     return read_records(str(source), split=split, **options)
 
 
@@ -117,16 +120,6 @@ def test_an_origin_names_the_line_of_the_file_and_blank_lines_are_passed_over(
 def test_further_columns_are_allowed(tmp_path: Path):
     path = write_lines(tmp_path / "data.jsonl", [pairs(1)[0] | {"source": 3}])
     assert len(read(path)) == 1
-
-
-def test_one_completion_is_the_column_completion_or_else_chosen(tmp_path: Path):
-    rows: Rows = [
-        {"prompt": "p", "completion": "x"},
-        {"prompt": "p", "completion": "x", "chosen": "y"},
-        {"prompt": "p", "chosen": "y", "rejected": "z"},
-    ]
-    records = read(write_lines(tmp_path / "data.jsonl", rows), num_completions=1)
-    assert [record.completions for record in records] == [("x",), ("x",), ("y",)]
 
 
 def test_an_empty_prompt_is_allowed(tmp_path: Path):
@@ -259,7 +252,10 @@ def test_a_missing_column_without_a_near_one_is_refused(tmp_path: Path):
     path = write_lines(tmp_path / "data.jsonl", [{"xyz": 1}])
     assert refusal(path) == f"{path}, line 1 has no 'prompt'; it has xyz."
     path = write_lines(tmp_path / "data.jsonl", [{"prompt": "p", "completions": "x"}])
-    assert "no 'completion'" in refusal(path, num_completions=1)
+    assert refusal(path) == (
+        f"{path}, line 1 has no 'scores'; it has prompt, completions, and the nearest "
+        "format, scored completions, needs prompt, completions, scores."
+    )
 
 
 @pytest.mark.parametrize("empty", ["", " \n"])
@@ -343,3 +339,147 @@ def test_a_cut_that_leaves_nothing_is_refused(tmp_path: Path):
 def test_a_negative_test_size_is_refused(tmp_path: Path):
     path = write_lines(tmp_path / "data.jsonl", pairs(3))
     assert "test_size is -1" in refusal(path, test_size=-1)
+
+
+# -- Columns, mixtures and kinds -----------------------------------------------------
+
+
+def test_columns_of_other_names_are_read_by_a_mapping(tmp_path: Path):
+    rows = [{"question": "q", "good": "c", "bad": "r"}]
+    path = write_lines(tmp_path / "data.jsonl", rows)
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    (record,) = read(path, columns=names)
+    assert (record.prompt, record.completions) == ("q", ("c", "r"))
+    message = refusal(path, columns=names | {"margin": "gap"})
+    assert message == f"{path}, line 1 has no 'gap'; it has question, good, bad."
+    message = refusal(path, columns={"question_text": "question"})
+    assert message.startswith("No format has a column 'question_text'")
+
+
+def test_records_of_several_kinds_may_stand_in_one_file(tmp_path: Path):
+    rows: Rows = [
+        {"prompt": "p", "completion": "x"},
+        {"prompt": "p", "completion": "x", "label": False},
+        {"prompt": "p", "completion": "z", "label": True},
+        {"prompt": "p", "chosen": "y", "rejected": "z"},
+        {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 3, 2]},
+    ]
+    path = write_lines(tmp_path / "data.jsonl", rows)
+    kinds = ["single", "judged", "judged", "pair", "ranked"]
+    assert [record.kind for record in read(path)] == kinds
+    records, counts = load(path, kind="single")
+    assert [record.completions for record in records] == [
+        ("x",),
+        ("z",),
+        ("y",),
+        ("b",),
+    ]
+    assert counts == ConversionCounts(5, 4, 0, 1, 0)
+
+
+def test_what_parquet_keeps_of_a_chat_with_tools_is_what_was_written(tmp_path: Path):
+    tools = [
+        {"name": "look", "parameters": {"at": {"type": "string"}}},
+        {"name": "wait", "parameters": {"for": {"type": "number"}}},
+    ]
+    path = tmp_path / "data.parquet"
+    write_parquet(path, [CHAT | {"tools": tools}])
+    assert read(path)[0].tools == tools
+
+
+def load(
+    *sources: str, kind: Kind = "pair", **settings: Any
+) -> tuple[list[Record], ConversionCounts]:
+    options = {"split": "train", "test_size": 0} | settings
+    return load_records(sources, kind=kind, **options)
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        (1, {1: 10}),
+        (0.3, {1: 3}),
+        (2, {2: 10}),
+        (2.5, {2: 5, 3: 5}),
+        (1.25, {1: 8, 2: 2}),
+    ],
+)
+def test_a_weight_repeats_every_record_and_a_share_of_them_once_more(
+    tmp_path: Path, weight: float, expected: dict[int, int]
+):
+    records = read(write_lines(tmp_path / "data.jsonl", pairs(10)))
+    weighed = weigh(records, weight)
+    assert weighed == weigh(records, weight)
+    times = Counter(record.origin for record in weighed)
+    assert Counter(times.values()) == expected
+
+
+def test_the_share_that_a_weight_keeps_is_chosen_at_random_and_in_order(tmp_path: Path):
+    records = read(write_lines(tmp_path / "data.jsonl", pairs(50)))
+    places = [int(str(prompt)[1:]) for prompt in prompts(weigh(records, 0.2))]
+    assert places == sorted(places)
+    assert places not in (list(range(10)), list(range(40, 50)))
+
+
+def test_data_sets_are_mixed_by_their_weights_and_origins_stay(tmp_path: Path):
+    first = write_lines(tmp_path / "first.jsonl", pairs(10))
+    second = write_lines(tmp_path / "second.jsonl", pairs(4, start=10))
+    records, counts = load(first, second, weights=[0.5, 2])
+    assert [record.origin.split(",")[0] for record in records] == (
+        [first] * 5 + [second] * 8
+    )
+    assert counts == ConversionCounts(13, 13, 0, 0, 0)
+    assert prompts(load(first, second)[0]) == [f"p{n}" for n in range(14)]
+
+
+def test_each_data_set_of_a_mixture_is_cut_alone(tmp_path: Path):
+    first = write_lines(tmp_path / "first.jsonl", pairs(20))
+    second = write_lines(tmp_path / "second.jsonl", pairs(20, start=20))
+    settings: Any = {"test_size": 5, "max_examples": 15}
+    train, test = (
+        prompts(load(first, second, split=split, **settings)[0])
+        for split in ("train", "test")
+    )
+    assert (len(train), len(test), len({*train, *test})) == (20, 10, 30)
+
+
+def test_rankings_and_pairs_mix_as_pairs(tmp_path: Path):
+    ranked = [{"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 3, 2]}]
+    first = write_lines(tmp_path / "first.jsonl", ranked)
+    second = write_lines(tmp_path / "second.jsonl", pairs(1))
+    records, _ = load(first, second, pairs_from="all")
+    assert [record.prompt for record in records] == ["q"] * 3 + ["p0"]
+    assert all(record.kind == "pair" for record in records)
+    settings: Any = {"pairs_from": "rso", "beta": 1e-9, "num_accepted": 2}
+    completions = load(first, second, **settings)[0][0].completions
+    assert completions == ("b", "c")
+
+
+def test_a_mixture_of_kinds_that_do_not_fit_is_refused(tmp_path: Path):
+    first = write_lines(tmp_path / "first.jsonl", pairs(1))
+    labelled = [{"prompt": "p", "completion": "c", "label": True}]
+    second = write_lines(tmp_path / "second.jsonl", labelled)
+    assert [r.kind for r in load(first, second, kind="judged")[0]] == ["judged"] * 3
+    with pytest.raises(ValueError, match="line 1 is 'judged' and 'pair' is needed"):
+        load(first, second)
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan")])
+def test_a_weight_that_is_not_positive_is_refused(tmp_path: Path, weight: float):
+    path = write_lines(tmp_path / "data.jsonl", pairs(3))
+    with pytest.raises(ValueError, match=f"weight is {weight}; it must be positive"):
+        load(path, weights=[weight])
+
+
+def test_a_weight_that_leaves_nothing_is_refused(tmp_path: Path):
+    path = write_lines(tmp_path / "data.jsonl", pairs(3))
+    with pytest.raises(ValueError, match="A weight of 0.1 leaves none of 3 records"):
+        load(path, weights=[0.1])
+
+
+def test_as_many_weights_as_data_sets_are_needed(tmp_path: Path):
+    path = write_lines(tmp_path / "data.jsonl", pairs(3))
+    with pytest.raises(ValueError, match="2 data sets came with 1 weights"):
+        load(path, path, weights=[1])
+    with pytest.raises(ValueError, match="0 data sets came with 0 weights"):
+        load()

@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(place: Path) -> TrainConfig:
     return TrainConfig(
         model=str(place / "model"),
-        data=str(place / "pairs.jsonl"),
+        data=(str(place / "pairs.jsonl"),),
         output=str(place / "whole"),
         test_size=4,
         max_length=96,

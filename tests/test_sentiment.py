@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpojax.config import TrainConfig
+from dpojax.config import LossConfig, TrainConfig
 from dpojax.sentiment import run_sentiment
 
 
@@ -42,4 +42,4 @@ def test_dpo_raises_the_reward_and_ranks_held_out_pairs(tmp_path: Path):
 
 def test_settings_that_the_embedded_task_does_not_have_are_refused():
     with pytest.raises(ValueError, match="needs --model and --data"):
-        run_sentiment(TrainConfig(beta=0.5))
+        run_sentiment(TrainConfig(loss=LossConfig(beta=0.5)))

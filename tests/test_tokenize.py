@@ -6,9 +6,11 @@ Most tests use a byte-level tokenizer made here, in which one character is one t
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,12 +18,14 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dpojax.data.conversions import ConversionCounts
 from dpojax.data.packing import Example
 from dpojax.data.records import Record, read_records
 from dpojax.data.tokenize import (
     Counts,
     Tokenizer,
     check_vocabulary,
+    describe,
     encode_prompt,
     load_tokenizer,
     tokenize_records,
@@ -208,6 +212,200 @@ def test_a_template_that_fails_is_refused_with_the_record(template: str | None):
     tokenizer = make_tokenizer(template=template)
     message = refusal(tokenize_records, [as_chat("Hi", "yes", "no")], tokenizer)
     assert message.startswith("data.jsonl, line 7: the tokenizer's chat template fails")
+
+
+@pytest.mark.parametrize("turns", ["all", "assistant"])
+def test_a_template_is_shown_the_tools(turns: Any):
+    template = "{% for t in tools or [] %}<{{ t['name'] }}>{% endfor %}" + TURNS
+    tokenizer = make_tokenizer(template=template.replace("{END}", "</s>"))
+    record = as_chat("Hi", "yes", "no")._replace(tools=[{"name": "look"}])
+    prompt, chosen, _ = one(tokenizer, record, turns=turns)
+    assert prompt == ids(tokenizer, "<look>[user]Hi</s>[assistant]")
+    assert chosen == ids(tokenizer, "yes</s>")
+
+
+# -- Turns of several speakers -------------------------------------------------------
+
+# The turns of a completion: a speaker's first letter and what is said.
+ROLES = {"a": "assistant", "u": "user", "t": "tool"}
+CHATML = TURNS.replace("{END}", "</s>\n")
+
+
+def as_turns(*completions: str) -> Record:
+    """A prompt and completions like ``"a:yes u:and? a:no"``."""
+    messages = (
+        [
+            {"role": ROLES[turn[0]], "content": turn[2:]}
+            for turn in completion.split(" ")
+        ]
+        for completion in completions
+    )
+    return as_record([{"role": "user", "content": "Hi"}], *messages)
+
+
+def scored(tokenizer: Tokenizer, record: Record, **settings: Any) -> list[str]:
+    """Each completion as text, in which what is not scored stands in brackets."""
+    (example,), _ = tokenize_records([record], tokenizer, **settings)
+    masks = example.masks or [np.full(len(c), True) for c in example.completions]
+    texts = []
+    for tokens, mask in zip(example.completions, masks, strict=True):
+        assert mask.dtype == np.bool_ and mask.shape == tokens.shape
+        spans = groupby(zip(tokens, mask, strict=True), key=lambda pair: bool(pair[1]))
+        decoded = (
+            (is_scored, str(tokenizer.decode([int(token) for token, _ in span])))
+            for is_scored, span in spans
+        )
+        texts.append("".join(text if yes else f"({text})" for yes, text in decoded))
+    return texts
+
+
+@pytest.mark.parametrize("end", ["</s>", "</s>\n"])
+def test_only_the_assistants_turns_are_scored_each_with_its_end(end: str):
+    tokenizer = make_tokenizer(template=TURNS.replace("{END}", end))
+    record = as_turns("a:yes u:and? a:so", "a:no")
+    after = end.removeprefix("</s>")
+    assert scored(tokenizer, record, turns="assistant") == [
+        f"yes</s>({after}[user]and?{end}[assistant])so</s>",
+        "no</s>",
+    ]
+
+
+def test_turns_without_an_end_of_their_own_are_ended_once_after_the_last():
+    tokenizer = make_tokenizer(template=TURNS.replace("{END}", "\n"))
+    record = as_turns("a:yes t:4 t:5 a:so", "a:no u:why? a:x")
+    assert scored(tokenizer, record, turns="assistant") == [
+        "yes\n([tool]4\n[tool]5\n[assistant])so\n</s>",
+        "no\n([user]why?\n[assistant])x\n</s>",
+    ]
+
+
+def test_what_follows_the_assistants_last_turn_is_left_out():
+    tokenizer = make_tokenizer(template=CHATML)
+    record = as_turns("a:yes u:and?", "a:no")
+    assert scored(tokenizer, record, turns="assistant") == ["yes</s>", "no</s>"]
+
+
+def test_turns_of_the_assistant_one_after_another_are_all_scored():
+    tokenizer = make_tokenizer(template=CHATML)
+    record = as_turns("a:yes a:so", "a:no")
+    assert scored(tokenizer, record, turns="assistant") == [
+        "yes</s>(\n[assistant])so</s>",
+        "no</s>",
+    ]
+
+
+def test_no_merge_crosses_the_border_of_what_is_scored():
+    """ "ob" is one token, and would be "[o" and "b" here."""
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = make_tokenizer(template=template)
+    record = as_turns("a:oo u:bo a:b", "a:no")
+    assert scored(tokenizer, record, turns="assistant") == ["oo(bo)b</s>", "no</s>"]
+    assert one(tokenizer, record)[1] == ids(tokenizer, "oobob</s>")
+
+
+def test_one_turn_of_the_assistant_gives_the_same_example_either_way():
+    tokenizer = make_tokenizer(template=CHATML)
+    records = [as_chat("Hi", "yes", "no"), as_record("abc", "x", "y")]
+    (chat, text), counts = tokenize_records(records, tokenizer, turns="assistant")
+    assert [as_lists(chat), as_lists(text)] == tokenized(tokenizer, *records)[0]
+    assert chat.masks is None and text.masks is None
+    assert counts.examples == 2
+
+
+def test_all_turns_are_scored_by_default():
+    tokenizer = make_tokenizer(template=CHATML)
+    (example,), _ = tokenize_records([as_turns("a:yes u:and? a:so", "a:no")], tokenizer)
+    assert example.masks is None
+    assert len(example.completions[0]) == len(
+        ids(tokenizer, "yes</s>\n[user]and?</s>\n[assistant]so</s>")
+    )
+
+
+def test_a_completion_without_a_turn_of_the_assistant_is_dropped_and_counted():
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = make_tokenizer(template=template)
+    records = [
+        as_turns("u:yes", "a:no"),
+        as_turns("u:yes", "u:no"),
+        as_turns("t:0123456789 a:yes", "a:no"),  # cut before the assistant's turn
+        as_turns("a:yes", "a:no"),
+    ]
+    (example,), counts = tokenize_records(
+        records, tokenizer, turns="assistant", max_length=10
+    )
+    assert as_lists(example) == one(tokenizer, records[-1])
+    assert counts == Counts(4, 1, 0, 1, 0, 0, dropped_unscored=3)
+    message = refusal(tokenize_records, records[:1], tokenizer, turns="assistant")
+    assert "and of 1 nothing is scored" in message
+
+
+def test_a_mask_is_cut_with_its_completion():
+    tokenizer = make_tokenizer(template=TURNS.replace("{END}", ""))
+    record = as_turns("a:yes t:4 a:so", "a:no")
+    # The prompt keeps 12 of its tokens, so that 12 are left to the completion.
+    assert scored(tokenizer, record, turns="assistant", max_length=24) == [
+        "yes([tool]4[a)",
+        "no</s>",
+    ]
+
+
+# A template that shortens all but the last turn, as those that drop old thoughts do.
+FORGETFUL = (
+    "{% for m in messages %}[{{ m['role'] }}]"
+    "{{ m['content'] if loop.last or m['role'] == 'user' else '' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_template_that_renders_earlier_turns_differently_is_refused():
+    tokenizer = make_tokenizer(template=FORGETFUL)
+    record = as_turns("a:yes u:and? a:so", "a:no")
+    message = refusal(tokenize_records, [record], tokenizer, turns="assistant")
+    assert message.startswith("data.jsonl, line 7: the chat template renders a turn")
+    assert len(one(tokenizer, record)) == 3
+
+
+@pytest.mark.parametrize("turns", ["all", "assistant"])
+def test_a_completion_that_does_not_follow_the_prompt_is_refused(turns: Any):
+    """The prompt ends where the assistant begins, and here a user goes on."""
+    tokenizer = make_tokenizer(template=CHATML)
+    record = as_turns("u:and? a:yes", "a:no")
+    message = refusal(tokenize_records, [record], tokenizer, turns=turns)
+    assert message.startswith("data.jsonl, line 7: the chat template renders the prom")
+
+
+def test_the_turns_of_strings_cannot_be_told_apart():
+    record = as_record("p", "x", "y")
+    message = refusal(tokenize_records, [record], BYTES, turns="assistant")
+    assert "no record is a chat" in message
+
+
+# -- What was said of an example -----------------------------------------------------
+
+
+def test_scores_and_weights_go_to_the_example():
+    judged = Record("p", ("x",), "line 1", (1.0,), weight=0.5)
+    ranked = Record("p", ("x", "", "x"), "line 2", (3.0, 1.0, 2.0))
+    plain = Record("p", ("x", "y"), "line 3")
+    examples, _ = tokenize_records([judged, ranked, plain], BYTES)
+    assert [example.scores for example in examples] == [(1.0,), (3.0, 1.0, 2.0), None]
+    assert [example.weight for example in examples] == [0.5, 1.0, 1.0]
+    assert as_lists(examples[1])[2] == [EOS]  # a sample that ended at once
+
+
+def test_a_ranking_is_dropped_only_if_all_its_completions_are_identical():
+    ranked = Record("p", ("x", "x", "x"), "line 1", (3.0, 1.0, 2.0))
+    partly = ranked._replace(completions=("x", "x", "y"))
+    examples, counts = tokenize_records([ranked, partly], BYTES)
+    assert (len(examples), counts.dropped_identical) == (1, 1)
+    assert len(examples[0].completions) == 3
+
+
+def test_counts_are_described_in_words():
+    assert describe(ConversionCounts(5, 4, 1, 0, 0)).startswith(
+        "5 read, 4 records, 1 dropped ties, "
+    )
+    assert describe(Counts(4, 1, 0, 1, 0, 0, 2)).endswith("2 dropped unscored")
 
 
 # -- Too long, identical -----------------------------------------------------------
@@ -436,9 +634,7 @@ def tokenized_fixture(
     shared: Path, data: str, count: int
 ) -> tuple[Tokenizer, list[tuple[list[int], ...]]]:
     fixture = shared / "peers" / "fixture"
-    records = read_records(
-        str(fixture / data), split="train", num_completions=2, test_size=0
-    )
+    records = read_records(str(fixture / data), split="train", test_size=0)
     tokenizer = load_tokenizer(fixture / "tokenizer")
     return tokenizer, tokenized(tokenizer, *records[:count])[0]
 

@@ -367,11 +367,12 @@ SPLIT = ["dpo", "sft", "mpo", "aot", "aot_unpaired", "beta_dpo", "kto", "bco", "
 
 @pytest.mark.parametrize("objective", [*SPLIT, "ld_dpo+aot", "plackett_luce"])
 def test_microbatches_equal_the_whole_batch(model: Model, params: Any, objective: str):
-    whole, values, _ = take_steps(model, params, 2, objective=objective)
+    whole, values, _ = take_steps(model, params, 1, objective=objective)
     split, split_values, _ = take_steps(
-        model, params, 2, objective=objective, num_microbatches=2
+        model, params, 1, objective=objective, num_microbatches=2
     )
-    assert_close(whole.params, split.params, 1e-6)
+    assert values["loss"] == pytest.approx(split_values["loss"], rel=1e-6)
+    assert_close(whole.opt_state, split.opt_state, 1e-6)  # moments of the gradient
     assert_close(whole.running, split.running, 1e-6)
     assert_close(values, split_values, 1e-5)
 
@@ -382,11 +383,12 @@ def test_statistics_of_a_batch_are_those_of_all_devices(
 ):
     mesh = make_mesh(data=2, fsdp=2)
     pinned = make_model(SMALL, constrain=make_constrain(mesh))
-    single, values, _ = take_steps(model, params, 2, objective=objective)
+    single, values, _ = take_steps(model, params, 1, objective=objective)
     sharded, sharded_values, _ = take_steps(
-        pinned, params, 2, objective=objective, mesh=mesh
+        pinned, params, 1, objective=objective, mesh=mesh
     )
-    assert_close(single.params, sharded.params, 1e-6)
+    assert values["loss"] == pytest.approx(sharded_values["loss"], rel=1e-6)
+    assert_close(single.opt_state, sharded.opt_state, 1e-6)
     assert_close(single.running, sharded.running, 1e-6)
     assert_close(values, sharded_values, 1e-4)
 

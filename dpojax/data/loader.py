@@ -84,12 +84,15 @@ def evaluation_batches(
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """A hash of every token id and boundary."""
+    """A hash of every token id and boundary, and of what was said of each example."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(np.int64(len(example.completions)).tobytes())
         for tokens in (example.prompt, *example.completions):
             digest.update(np.int64(len(tokens)).tobytes() + tokens.tobytes())
+        digest.update(repr((example.scores, example.weight)).encode())
+        for mask in example.masks or ():
+            digest.update(mask.tobytes())
     return digest.hexdigest()
 
 

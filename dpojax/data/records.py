@@ -1,43 +1,91 @@
-"""Readers of preference data: any file or hub name to `Record`s, checked on entry.
+"""Preference data to records: reading, cutting into splits, mixing, converting.
 
-JSON Lines (also gzip) are read here, line by line, so that an error names its line;
-Parquet, Arrow, saved directories and the hub are `datasets`' work. This file knows no
-tokenizer: text and chat messages stay as they are.
+`load_records` is what a run calls. Files are `dpojax.data.files`' concern, columns
+`dpojax.data.formats`', and what one kind of supervision is made from another
+`dpojax.data.conversions`'.
 """
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 
-import datasets
 import numpy as np
-from datasets.exceptions import DatasetsError
 
-Messages = list[dict[str, Any]]
-Text = str | Messages
+from dpojax.data.conversions import (
+    NUM_ACCEPTED,
+    REJECTION_BETA,
+    ConversionCounts,
+    PairsFrom,
+    as_kind,
+)
+from dpojax.data.fields import Kind, Record, Row
+from dpojax.data.files import read_splits
+from dpojax.data.formats import as_record, rename_columns
 
 
-class Record(NamedTuple):
-    """A prompt, its completions, and what an annotator said of them."""
+def load_records(
+    sources: Sequence[str],
+    *,
+    split: str,
+    kind: Kind,
+    weights: Sequence[float] | None = None,
+    columns: Mapping[str, str] | None = None,
+    test_size: float = 0.05,
+    max_examples: int | None = None,
+    pairs_from: PairsFrom = "best_worst",
+    beta: float = REJECTION_BETA,
+    num_accepted: int = NUM_ACCEPTED,
+    seed: int = 0,
+    needs_scores: bool = False,
+) -> tuple[list[Record], ConversionCounts]:
+    """Reads one split of several data sets, mixes them and makes them of one kind.
 
-    prompt: Text
-    completions: tuple[Text, ...]  # of a pair, the preferred one first
-    origin: str  # where it came from, for error messages
-    # Of each completion: a rating, or 1 for good and 0 for bad.
-    scores: tuple[float, ...] | None = None
-    weight: float = 1.0  # how much the record counts
-    tools: list[dict[str, Any]] | None = None  # schemas, for the chat template
+    Args:
+      sources: data sets as `read_records` takes them; `columns` holds for each.
+      split: name of the split, usually ``"train"`` or ``"test"``.
+      kind: what the objective takes.
+      weights: how often each source's records stand, see `weigh`; by default once.
+      columns: for a column's name in `dpojax.data.formats` its name in the data.
+      test_size: what is cut off each source as its test split.
+      max_examples: keep this many of each source.
+      pairs_from: how rankings give pairs, see `as_kind`; so are the next three.
+      beta: temperature of ``rso``.
+      num_accepted: the most completions of a record that ``rso`` accepts.
+      seed: of the draws of ``rso``.
+      needs_scores: whether pairs must have scores, the chosen one's larger.
+
+    Returns:
+      The records, source by source, and the counts of what was left out.
+
+    Raises:
+      ValueError: as `read_records`, `weigh` and `as_kind` do.
+    """
+    read = partial(
+        read_records,
+        split=split,
+        columns=columns,
+        test_size=test_size,
+        max_examples=max_examples,
+    )
+    mixed: list[Record] = []
+    for source, weight in _with_weights(sources, weights):
+        mixed += weigh(read(source), weight)
+    return as_kind(
+        mixed,
+        kind,
+        pairs_from=pairs_from,
+        beta=beta,
+        num_accepted=num_accepted,
+        seed=seed,
+        needs_scores=needs_scores,
+    )
 
 
 def read_records(
     source: str,
     *,
     split: str,
-    num_completions: int,
+    columns: Mapping[str, str] | None = None,
     test_size: float = 0.05,
     max_examples: int | None = None,
 ) -> list[Record]:
@@ -50,13 +98,12 @@ def read_records(
       source: a ``.jsonl``, ``.json``, ``.parquet`` or ``.arrow`` file (JSON Lines also
         with ``.gz``), a directory saved by `datasets`, or a hub name.
       split: name of the split, usually ``"train"`` or ``"test"``.
-      num_completions: 2 for prompt, chosen and rejected; 1 for prompt and completion
-        (or chosen).
+      columns: for a column's name in `dpojax.data.formats` its name in the data.
       test_size: what is cut off as the test split: a share below 1, else a number.
       max_examples: keep this many, chosen at random, before anything is cut off.
 
     Returns:
-      The records, in the order of the data.
+      The records, in the order of the data, each of the kind that its columns say.
 
     Raises:
       ValueError: naming file and line for what cannot be read, and the columns or the
@@ -66,7 +113,7 @@ def read_records(
         raise ValueError(f"test_size is {test_size}; it must not be negative.")
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples is {max_examples}; it must be positive.")
-    splits = _read_splits(source)
+    splits = read_splits(source)
     # A lone "train" is all there is: taken whole, it would hold the test split too.
     whole = splits.keys() not in ({None}, {"train"})
     if whole and split not in splits:
@@ -84,99 +131,49 @@ def read_records(
             f"{source} has no examples in its split {split!r}; "
             "give other data or another test_size."
         )
-    return [_as_record(row, origin, num_completions) for row, origin in rows]
+    return [as_record(rename_columns(row, columns or {})) for row in rows]
 
 
-Row = tuple[Mapping[str, Any], str]
+def weigh(records: Sequence[Record], weight: float) -> list[Record]:
+    """Repeats records, or keeps a share of them, in their order.
 
+    Args:
+      records: of one data set.
+      weight: 2.5 gives every record twice and half of them, chosen at random, once
+        more; 0.3 keeps three in ten. The choice is the same every time.
 
-def _read_splits(source: str) -> dict[str | None, list[Row]]:
-    """Rows by split; None stands for data that has no splits."""
-    path = Path(source)
-    if path.is_file() and path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        return {None: list(_read_json_lines(path))}
-    if path.exists() or path.suffix in (".jsonl", ".json", ".gz", ".parquet", ".arrow"):
-        found = _load_local(path)
-    else:
-        found = _load_from_hub(source)
-    if isinstance(found, datasets.Dataset):
-        return {None: _rows(found, source)}
-    return {str(name): _rows(part, source) for name, part in found.items()}
-
-
-def _rows(data: datasets.Dataset, source: str) -> list[Row]:
-    rows = enumerate(data.to_list())
-    return [(row, f"{source}, row {number}") for number, row in rows]
-
-
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parse(line, f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    Raises:
+      ValueError: if `weight` is not positive, or so small that no record is left.
+    """
+    if not 0 < weight < math.inf:
+        raise ValueError(f"A data set's weight is {weight}; it must be positive.")
+    times, share = divmod(weight, 1)
+    order = np.random.default_rng(0).permutation(len(records))
+    more = sorted(order[: round(share * len(records))])
+    weighed = list(records) * int(times) + [records[index] for index in more]
+    if not weighed:
         raise ValueError(
-            f"{path} cannot be read after line {number}: {error}."
-        ) from error
-
-
-def _parse(line: str, origin: str) -> Row:
-    try:
-        row = json.loads(line)
-        if "\\ud" in line.lower():
-            # No tokenizer takes half of a surrogate pair.
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{origin} is not text: {error}.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{origin} is not JSON: {error.msg}.") from error
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"{origin} is not a JSON object with a prompt and completions."
+            f"A weight of {weight} leaves none of {len(records)} records; give a "
+            "larger weight or leave the data set out."
         )
-    return row, origin
+    return weighed
 
 
-def _load_local(path: Path) -> datasets.Dataset | datasets.DatasetDict:
-    if not path.exists():
-        raise ValueError(f"There is no file or directory {path}.")
-    try:
-        if path.is_dir():
-            found = datasets.load_from_disk(str(path))
-            assert isinstance(found, datasets.Dataset | datasets.DatasetDict)
-            return found
-        if path.suffix == ".parquet":
-            found = datasets.Dataset.from_parquet(str(path))
-            assert isinstance(found, datasets.Dataset)
-            return found
-        if path.suffix == ".arrow":
-            return datasets.Dataset.from_file(str(path))
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"{path} cannot be read: {_first_sentence(error)}") from error
-    raise ValueError(
-        f"{path} is of a kind that is not read; give .jsonl, .json, .jsonl.gz, "
-        ".parquet, .arrow or a directory saved by datasets."
-    )
-
-
-def _load_from_hub(name: str) -> datasets.DatasetDict:
-    try:
-        found = datasets.load_dataset(name)
-    except (OSError, ValueError, DatasetsError) as error:
+def _with_weights(
+    sources: Sequence[str], weights: Sequence[float] | None
+) -> list[tuple[str, float]]:
+    if isinstance(sources, str):
         raise ValueError(
-            f"There is no file {name!r}, nor a data set of that name on the hub: "
-            f"{_first_sentence(error)}"
-        ) from error
-    assert isinstance(found, datasets.DatasetDict)
-    return found
-
-
-def _first_sentence(error: Exception) -> str:
-    line = str(error).partition("\n")[0]
-    return line.partition(". ")[0].removesuffix(".") + "."
+            f"data is the string {sources!r}; give a tuple of names, ({sources!r},)."
+        )
+    if weights is None:
+        weights = [1.0] * len(sources)
+    if not sources or len(weights) != len(sources):
+        raise ValueError(
+            f"{len(sources)} data sets came with {len(weights)} weights; give at least "
+            "one data set, and a weight for each or none at all."
+        )
+    return list(zip(sources, weights, strict=True))
 
 
 def _cut(rows: list[Row], source: str, split: str, test_size: float) -> list[Row]:
@@ -189,57 +186,3 @@ def _cut(rows: list[Row], source: str, split: str, test_size: float) -> list[Row
     order = np.random.default_rng(0).permutation(len(rows))
     chosen = order[:num_test] if split == "test" else order[num_test:]
     return [rows[index] for index in sorted(chosen)]
-
-
-def _as_record(row: Mapping[str, Any], origin: str, num_completions: int) -> Record:
-    if num_completions == 2:
-        columns = ("chosen", "rejected")
-    else:
-        given = "chosen" in row and "completion" not in row
-        columns = ("chosen",) if given else ("completion",)
-    for column in ("prompt", *columns):
-        if column not in row:
-            raise ValueError(_missing(column, row, origin))
-    prompt = _checked(row["prompt"], "prompt", origin)
-    completions = tuple(_checked(row[name], name, origin) for name in columns)
-    for name, completion in zip(columns, completions, strict=True):
-        if _is_blank(completion):
-            raise ValueError(
-                f"{origin}: {name} is empty; give a completion or remove the record."
-            )
-    if len({type(text) for text in (prompt, *completions)}) > 1:
-        raise ValueError(
-            f"{origin} mixes strings and chat messages; use one form for all fields."
-        )
-    return Record(prompt, completions, origin)
-
-
-def _is_blank(completion: Text) -> bool:
-    """Whether nothing is said, and no tool is called."""
-    if isinstance(completion, str):
-        return not completion.strip()
-    said = (
-        message.get("content") or message.get("tool_calls") for message in completion
-    )
-    return not any(str(part).strip() for part in said if part)
-
-
-def _missing(column: str, row: Mapping[str, Any], origin: str) -> str:
-    nearest = get_close_matches(column, [str(key) for key in row], n=1)
-    hint = f" (is {nearest[0]!r} meant?)" if nearest else ""
-    found = ", ".join(map(str, row)) or "nothing"
-    return f"{origin} has no {column!r}; it has {found}{hint}."
-
-
-def _checked(value: Any, name: str, origin: str) -> Text:
-    if isinstance(value, str):
-        return value
-    is_chat = isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str)
-        for message in value
-    )
-    if not is_chat:
-        raise ValueError(
-            f"{origin}: {name} is neither a string nor a list of messages with a role."
-        )
-    return value

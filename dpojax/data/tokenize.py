@@ -9,24 +9,24 @@ with EOS once. Rows and batches are not this file's concern.
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import jinja2
 import numpy as np
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import (
     AutoTokenizer,
     GPT2Tokenizer,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
+from dpojax.data.chats import Piece, Tokenizer, Turns, render, render_messages
+from dpojax.data.conversions import ConversionCounts
+from dpojax.data.fields import Record, Text
 from dpojax.data.packing import Example
-from dpojax.data.records import Messages, Record
 
-Tokenizer = PreTrainedTokenizerBase
 TooLong = Literal["truncate", "drop"]
 
 
@@ -39,9 +39,10 @@ class Counts(NamedTuple):
     truncated_completions: int  # these lost their EOS
     dropped_too_long: int
     dropped_identical: int  # all completions of a record are the same tokens
+    dropped_unscored: int = 0  # nothing of a completion is the assistant's
 
 
-def describe(counts: Counts) -> str:
+def describe(counts: Counts | ConversionCounts) -> str:
     """The counts in words."""
     pairs = (f"{count} {name}" for name, count in counts._asdict().items())
     return ", ".join(pairs).replace("_", " ")
@@ -86,6 +87,7 @@ def tokenize_records(
     *,
     max_length: int = 1024,
     too_long: TooLong = "truncate",
+    turns: Turns = "all",
 ) -> tuple[list[Example], Counts]:
     """Tokenises records.
 
@@ -99,59 +101,53 @@ def tokenize_records(
       tokenizer: with an EOS token.
       max_length: most tokens of a prompt and one completion, EOS included.
       too_long: whether to cut or to drop what exceeds it.
+      turns: whether every turn of a chat's completion is scored, or the assistant's.
 
     Returns:
       The examples, and the counts of what was cut or left out.
 
     Raises:
       ValueError: naming the record whose chat template fails; if `max_length` is
-        below 4; if no example is left.
+        below 4; if `turns` is set and no record is a chat; if no example is left.
     """
     if max_length < 4:
         raise ValueError(f"max_length is {max_length}; it must be at least 4.")
-    prompts, completions = _texts(records, tokenizer)
-    adds_bos, bos = _adds_bos(tokenizer), _bos(tokenizer)
-    prompt_ids = [
-        _with_bos(ids, tokenizer, adds_bos and isinstance(record.prompt, str))
-        for ids, record in zip(_ids(tokenizer, prompts), records, strict=True)
-    ]
-    completion_ids = iter(_ids(tokenizer, [t for texts in completions for t in texts]))
+    if turns == "assistant" and all(isinstance(r.prompt, str) for r in records):
+        raise ValueError(
+            "Only the assistant's turns are to be scored, but no record is a chat; "
+            "leave turns at 'all'."
+        )
+    tally: Counter[str] = Counter()
     examples: list[Example] = []
-    cut_prompts = cut_completions = dropped = identical = 0
-    for prompt, texts in zip(prompt_ids, completions, strict=True):
-        ended = [_with_eos(next(completion_ids), tokenizer) for _ in texts]
-        longest = max(map(len, ended))
-        if len(prompt) + longest > max_length:
+    for record, ids in zip(records, _encode(records, tokenizer, turns), strict=True):
+        if ids.length > max_length:
             if too_long == "drop":
-                dropped += 1
+                tally["dropped_too_long"] += 1
                 continue
-            kept = max(max_length - longest, max_length // 2)
-            shorter = _last(prompt, kept, bos)
-            room = max_length - len(shorter)
-            cut_prompts += len(shorter) < len(prompt)
-            cut_completions += sum(len(ids) > room for ids in ended)
-            prompt, ended = shorter, [ids[:room] for ids in ended]
-        if len(ended) > 1 and all(ids == ended[0] for ids in ended):
-            identical += 1
-            continue
-        arrays = tuple(np.asarray(ids, np.int32) for ids in ended)
-        examples.append(Example(np.asarray(prompt, np.int32), arrays))
-    counts = Counts(
-        len(records), len(examples), cut_prompts, cut_completions, dropped, identical
-    )
+            ids = _cut(ids, max_length, _bos(tokenizer), tally)
+        completions = ids.completions
+        if not all(map(any, ids.masks)):
+            tally["dropped_unscored"] += 1
+        elif len(completions) > 1 and all(c == completions[0] for c in completions):
+            tally["dropped_identical"] += 1
+        else:
+            examples.append(_as_example(ids, record))
+    names = Counts._fields[2:]
+    counts = Counts(len(records), len(examples), *(tally[name] for name in names))
     if not examples:
         raise ValueError(
-            f"Of {len(records)} records none is left: {dropped} exceed max_length "
-            f"{max_length} and {identical} have identical completions."
+            f"Of {len(records)} records none is left: {counts.dropped_too_long} exceed "
+            f"max_length {max_length} and {counts.dropped_identical} have identical "
+            f"completions, and of {counts.dropped_unscored} nothing is scored."
         )
     return examples, counts
 
 
-def encode_prompt(prompt: str | Messages, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(prompt: Text, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a prompt to be continued, as in training."""
     if isinstance(prompt, str):
         return _with_bos(_ids(tokenizer, [prompt])[0], tokenizer, _adds_bos(tokenizer))
-    text = _render(Record(prompt, (), "The prompt"), tokenizer, ())
+    text = render_messages(Record(prompt, (), "The prompt"), tokenizer, ())
     return _with_bos(_ids(tokenizer, [text])[0], tokenizer, False)
 
 
@@ -179,56 +175,68 @@ def _load_file(path: Path) -> Tokenizer:
     return GPT2Tokenizer(vocab=str(path), merges=str(merges[0]))
 
 
-def _texts(
-    records: Sequence[Record], tokenizer: Tokenizer
-) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Every record's prompt and completions as strings."""
-    prompts, completions = [], []
-    for record in records:
-        if isinstance(record.prompt, str):
-            prompts.append(record.prompt)
-            completions.append(tuple(str(text) for text in record.completions))
-            continue
-        prompt = _render(record, tokenizer, ())
-        prompts.append(prompt)
-        completions.append(
-            tuple(
-                _rendered_completion(record, tokenizer, prompt, messages)
-                for messages in record.completions
-            )
+class _Ids(NamedTuple):
+    """A record as token ids; the masks say which are scored."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    masks: list[list[bool]]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+def _encode(
+    records: Sequence[Record], tokenizer: Tokenizer, turns: Turns
+) -> Iterator[_Ids]:
+    rendered = [render(record, tokenizer, turns) for record in records]
+    prompts = _ids(tokenizer, [texts.prompt for texts in rendered])
+    pieces = [p.text for texts in rendered for some in texts.completions for p in some]
+    piece_ids = iter(_ids(tokenizer, pieces))
+    adds_bos = _adds_bos(tokenizer)
+    for record, prompt, texts in zip(records, prompts, rendered, strict=True):
+        is_text = isinstance(record.prompt, str)
+        joined = [_join(some, piece_ids, tokenizer) for some in texts.completions]
+        yield _Ids(
+            _with_bos(prompt, tokenizer, adds_bos and is_text),
+            [ids for ids, _ in joined],
+            [mask for _, mask in joined],
         )
-    return prompts, completions
 
 
-def _rendered_completion(
-    record: Record, tokenizer: Tokenizer, prompt: str, messages: Sequence[Any]
-) -> str:
-    whole = _render(record, tokenizer, messages)
-    if not whole.startswith(prompt):
-        raise ValueError(
-            f"{record.origin}: the chat template renders the prompt differently once a "
-            "completion follows, so the two cannot be told apart; use another template."
-        )
-    completion = whole[len(prompt) :]
-    # Templates put white space after the end of a turn; nothing is generated there.
-    stripped = completion.rstrip()
-    return stripped if stripped.endswith(str(tokenizer.eos_token)) else completion
+def _join(
+    pieces: Sequence[Piece], piece_ids: Iterator[list[int]], tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    """The pieces of a completion, whose last one ends with EOS, and their mask."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for number, piece in enumerate(pieces, start=1):
+        some = next(piece_ids)
+        if number == len(pieces):
+            some = _with_eos(some, tokenizer)
+        ids += some
+        mask += [piece.is_scored] * len(some)
+    return ids, mask
 
 
-def _render(record: Record, tokenizer: Tokenizer, messages: Sequence[Any]) -> str:
-    assert not isinstance(record.prompt, str)
-    try:
-        rendered = tokenizer.apply_chat_template(
-            [*record.prompt, *messages],
-            add_generation_prompt=not messages,
-            tokenize=False,
-        )
-    except (ValueError, TypeError, jinja2.TemplateError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{record.origin}: the tokenizer's chat template fails: {reason}"
-        ) from error
-    return str(rendered)
+def _cut(ids: _Ids, max_length: int, bos: int | None, tally: Counter[str]) -> _Ids:
+    longest = ids.length - len(ids.prompt)
+    prompt = _last(ids.prompt, max(max_length - longest, max_length // 2), bos)
+    room = max_length - len(prompt)
+    tally["truncated_prompts"] += len(prompt) < len(ids.prompt)
+    tally["truncated_completions"] += sum(len(c) > room for c in ids.completions)
+    completions = [completion[:room] for completion in ids.completions]
+    return _Ids(prompt, completions, [mask[:room] for mask in ids.masks])
+
+
+def _as_example(ids: _Ids, record: Record) -> Example:
+    masks = None
+    if not all(map(all, ids.masks)):
+        masks = tuple(np.asarray(mask, np.bool_) for mask in ids.masks)
+    completions = tuple(np.asarray(some, np.int32) for some in ids.completions)
+    prompt = np.asarray(ids.prompt, np.int32)
+    return Example(prompt, completions, record.scores, record.weight, masks)
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
