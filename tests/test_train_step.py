@@ -309,7 +309,9 @@ def take_steps(
     )
     values = {}
     for index in range(num_steps):
-        batch = one_per_row(supervised_examples(loss, index), length=64)
+        examples = supervised_examples(loss, index)
+        longest = max(map(row_length, examples))
+        batch = one_per_row(examples, bucket_length(longest, smallest=32))
         if mesh is not None:
             batch = jax.device_put(batch, rows_sharding(mesh))
         state, sums = step(state, reference, batch)
