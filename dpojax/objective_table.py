@@ -59,4 +59,4 @@ def _marked(cells: tuple[str, ...]) -> tuple[str, ...]:
 def _figure(value: Setting) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else value
+    return "yes" if value is True else str(value)

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from dpojax.config import LossConfig, OptimizerConfig, TrainConfig
+from dpojax.data.labels import label_pairs, rank_completions
 from dpojax.data.synthetic import (
     REWARD_RANGE,
-    label_pairs,
     make_openings,
     make_reviews,
     make_tokenizer,
@@ -27,9 +27,11 @@ from dpojax.data.synthetic import (
 from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import make_sampler, sampled_kl
 from dpojax.loading import Loaded, load_model, new_directory
+from dpojax.losses.make import Loss
 from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_settings
 from dpojax.models.huggingface import write_model
+from dpojax.prepare import make_configured_loss
 from dpojax.progress import say, show_completions, show_table
 from dpojax.run import Result, run
 from dpojax.run_directory import default_name
@@ -42,6 +44,17 @@ NUM_HELD_OUT = 256
 MAX_LENGTH = 48  # tokens of a review; the few longer ones are left out
 BATCH_SIZE = 16  # small batches stay in a CPU's cache, and more steps learn more
 SAMPLE_BATCH = 256
+SETTINGS = ("output", "seed", "mesh", "loss", "moving", "optimizer")
+
+
+class Task(NamedTuple):
+    """A model to align, and what to align it with."""
+
+    directory: Path
+    model: str  # the SFT model that wrote the completions: policy and reference
+    pairs: str  # data: the best and the worst completion of each opening, with scores
+    rankings: str  # data: all completions of each opening, with scores
+    held_out: list[str]  # openings that none of the data has
 
 
 class Samples(NamedTuple):
@@ -56,23 +69,54 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
     """Runs the whole task and prints its table.
 
     Args:
-      config: the defaults, but for `output`, `seed` and `mesh`.
+      config: the defaults, but for `SETTINGS`.
 
     Returns:
-      The DPO run's result, and the samples before and after it.
+      The aligning run's result, and the samples before and after it.
 
     Raises:
       ValueError: if another setting is given, since it would need a model and data.
     """
     start = time.perf_counter()
-    if replace(config, output=None, seed=0, mesh=TrainConfig().mesh) != TrainConfig():
+    loss = make_configured_loss(config.loss)
+    if "reward_head" in loss.needs:
         raise ValueError(
-            "Training needs --model and --data; without them only --output, --seed and "
-            "--mesh can be set, for the embedded task."
+            f"The loss {loss.name!r} trains a reward model, which writes nothing; give "
+            "--model and --data, or align the embedded task with another loss."
+        )
+    plain = TrainConfig()
+    if replace(plain, **{name: vars(config)[name] for name in SETTINGS}) != config:
+        raise ValueError(
+            "Training needs --model and --data; without them, for the embedded task, "
+            f"only these can be set: {', '.join(SETTINGS)}."
         )
     directory = new_directory(config.output or default_name("sentiment"))
-    seed = config.seed
+    task = make_task(directory, config)
 
+    say(f"3/4  Aligning it with {loss.name}")
+    result = run(alignment_config(task, config, loss))
+
+    say(f"4/4  Sampling {NUM_HELD_OUT} held-out openings before and after")
+    reference, policy = (
+        load_model(model, make_mesh(), compute_dtype=None)
+        for model in (task.model, str(result.directory / "final"))
+    )
+    before = sample(reference, reference, task.held_out, config.seed)
+    after = sample(policy, reference, task.held_out, config.seed)
+    texts = {"before": before.texts, "after": after.texts}
+    show_completions(task.held_out[:5], texts)
+    _show(loss, result, before, after, time.perf_counter() - start)
+    return result, before, after
+
+
+def make_task(directory: Path, config: TrainConfig) -> Task:
+    """Trains the SFT model, samples it and labels what it wrote.
+
+    Args:
+      directory: where all of it goes.
+      config: its seed and mesh are used.
+    """
+    seed = config.seed
     say(f"1/4  Pre-training a small decoder on {NUM_REVIEWS:,} synthetic reviews")
     reviews = make_reviews(NUM_REVIEWS, seed=seed)
     rows = ({"prompt": "", "completion": review} for review in reviews)
@@ -81,34 +125,75 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
     sft = run(_sft_config(config, directory))
 
     say(f"2/4  Sampling and labelling {COMPLETIONS_PER_OPENING} x {NUM_OPENINGS:,}")
-    loaded = load_model(str(sft.directory / "final"), make_mesh(), compute_dtype=None)
+    model = str(sft.directory / "final")
+    loaded = load_model(model, make_mesh(), compute_dtype=None)
     # Without repetition, so that no held-out pair has an opening that was trained on.
     openings = list(dict.fromkeys(make_openings(NUM_OPENINGS, seed=seed + 1)))
     repeated = [text for text in openings for _ in range(COMPLETIONS_PER_OPENING)]
     sampled = iter(_continue(loaded, repeated, seed))
     groups = [[next(sampled) for _ in range(COMPLETIONS_PER_OPENING)] for _ in openings]
-    _write_lines(directory / "pairs.jsonl", _label(openings, groups))
-
-    say("3/4  Aligning it with DPO at beta 0.1")
-    result = run(_dpo_config(config, directory, sft))
-
-    say(f"4/4  Sampling {NUM_HELD_OUT} held-out openings before and after")
+    # A sampler may end at once; what says nothing is no completion.
+    written = [[text for text in group if text.strip()] for group in groups]
     fresh = dict.fromkeys(make_openings(2 * NUM_HELD_OUT, seed=seed + 2))
     trained_on = set(openings)
-    held_out = [text for text in fresh if text not in trained_on][:NUM_HELD_OUT]
-    before = _sample(loaded, loaded, held_out, seed)
-    final = str(result.directory / "final")
-    policy = load_model(final, make_mesh(), compute_dtype=None)
-    after = _sample(policy, loaded, held_out, seed)
-    show_completions(held_out[:5], {"before": before.texts, "after": after.texts})
-    _show(result, before, after, time.perf_counter() - start)
-    return result, before, after
+    return Task(
+        directory,
+        model,
+        _write_lines(directory / "pairs.jsonl", label_pairs(openings, written)),
+        _write_lines(directory / "rankings.jsonl", rank_completions(openings, written)),
+        [text for text in fresh if text not in trained_on][:NUM_HELD_OUT],
+    )
+
+
+def alignment_config(task: Task, config: TrainConfig, loss: Loss) -> TrainConfig:
+    """The run that aligns the task's model: three epochs, unless told otherwise."""
+    optimizer = config.optimizer
+    if optimizer == OptimizerConfig():
+        optimizer = OptimizerConfig(learning_rate=7e-4, beta2=0.99)
+    return replace(
+        _both(config),
+        loss=config.loss,
+        moving=config.moving,
+        model=task.model,
+        data=(task.rankings if loss.kind == "ranked" else task.pairs,),
+        output=str(task.directory / "aligned"),
+        epochs=3,
+        optimizer=optimizer,
+    )
+
+
+def sample(
+    policy: Loaded, reference: Loaded, openings: list[str], seed: int
+) -> Samples:
+    """Continues openings by a policy: the texts, their reward and their KL.
+
+    Args:
+      policy: the model that writes.
+      reference: the model that its KL is taken to.
+      openings: what is continued.
+      seed: decides the samples.
+    """
+    completions, prompts = _continue_tokens(policy, openings, seed)
+    kl = sampled_kl(
+        policy,
+        policy.params,
+        reference.params,
+        prompts,
+        completions,
+        batch_size=SAMPLE_BATCH,
+        placement=make_placement(make_mesh()),
+    )
+    texts = _decode(policy, completions)
+    whole = (opening + text for opening, text in zip(openings, texts, strict=True))
+    return Samples(texts, np.array([reward(text) for text in whole]), kl)
 
 
 def _both(config: TrainConfig) -> TrainConfig:
     """What the two runs share."""
     return replace(
-        config,
+        TrainConfig(),
+        seed=config.seed,
+        mesh=config.mesh,
         test_size=256,
         max_length=MAX_LENGTH,
         batch_size=BATCH_SIZE,
@@ -131,28 +216,6 @@ def _sft_config(config: TrainConfig, directory: Path) -> TrainConfig:
     )
 
 
-def _dpo_config(config: TrainConfig, directory: Path, sft: Result) -> TrainConfig:
-    return replace(
-        _both(config),
-        model=str(sft.directory / "final"),
-        data=(str(directory / "pairs.jsonl"),),
-        output=str(directory / "dpo"),
-        epochs=3,
-        optimizer=OptimizerConfig(learning_rate=7e-4, beta2=0.99),
-    )
-
-
-def _label(openings: list[str], groups: list[list[str]]) -> list[dict[str, str]]:
-    """Pairs of non-empty completions, which a sampler may have ended at once."""
-    written = [[text for text in group if text.strip()] for group in groups]
-    usable = [
-        (opening, group)
-        for opening, group in zip(openings, written, strict=True)
-        if len(group) > 1
-    ]
-    return label_pairs([o for o, _ in usable], [group for _, group in usable])
-
-
 def _write_small_model(directory: Path, seed: int) -> None:
     tokenizer = make_tokenizer()
     shape = DecoderConfig(
@@ -170,10 +233,11 @@ def _write_small_model(directory: Path, seed: int) -> None:
     write_model(directory, params, as_settings(shape), tokenizer.save_pretrained)
 
 
-def _write_lines(path: Path, rows: Iterable[Any]) -> None:
+def _write_lines(path: Path, rows: Iterable[Any]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
+    return str(path)
 
 
 def _continue(loaded: Loaded, openings: list[str], seed: int) -> list[str]:
@@ -200,28 +264,15 @@ def _decode(loaded: Loaded, rows: list[list[int]]) -> list[str]:
     return [str(decode(row, skip_special_tokens=True)) for row in rows]
 
 
-def _sample(
-    policy: Loaded, reference: Loaded, openings: list[str], seed: int
-) -> Samples:
-    completions, prompts = _continue_tokens(policy, openings, seed)
-    kl = sampled_kl(
-        policy,
-        policy.params,
-        reference.params,
-        prompts,
-        completions,
-        batch_size=SAMPLE_BATCH,
-        placement=make_placement(make_mesh()),
-    )
-    texts = _decode(policy, completions)
-    whole = (opening + text for opening, text in zip(openings, texts, strict=True))
-    return Samples(texts, np.array([reward(text) for text in whole]), kl)
+def _show(
+    loss: Loss, result: Result, before: Samples, after: Samples, seconds: float
+) -> None:
+    first, last = result.first_evaluation, result.last_evaluation
 
-
-def _show(result: Result, before: Samples, after: Samples, seconds: float) -> None:
-    def row(label: str, name: str) -> tuple[str, str, str]:
-        first, last = result.first_evaluation, result.last_evaluation
-        return label, _figure(first, name), _figure(last, name)
+    def row(label: str, name: str) -> list[tuple[str, str, str]]:
+        if name not in first:  # not every loss has rewards, or a reference
+            return []
+        return [(label, _figure(first, name), _figure(last, name))]
 
     def mean_reward(samples: Samples) -> str:
         values = samples.rewards
@@ -229,18 +280,16 @@ def _show(result: Result, before: Samples, after: Samples, seconds: float) -> No
 
     low, high = REWARD_RANGE
     rise = (after.rewards.mean() - before.rewards.mean()) / (high - low)
+    kl = (_figure(samples.kl, "kl") for samples in (before, after))
     show_table(
-        "DPO on controlled sentiment, held-out openings",
+        f"{loss.name} on controlled sentiment, held-out openings",
         ("", "before", "after"),
         [
-            row("reward accuracy on held-out pairs", "rewards/accuracies"),
+            *row("reward accuracy on held-out pairs", "rewards/accuracies"),
             ("ground-truth reward", mean_reward(before), mean_reward(after)),
-            (
-                "KL(policy‖reference), nats",
-                *(_figure(s.kl, "kl") for s in (before, after)),
-            ),
-            row("chosen log-ratio, nats", "logratios/chosen"),
-            row("rejected log-ratio, nats", "logratios/rejected"),
+            ("KL(policy‖reference), nats", *kl),
+            *row("chosen log-ratio, nats", "logratios/chosen"),
+            *row("rejected log-ratio, nats", "logratios/rejected"),
             ("training tokens/s", "", f"{result.tokens_per_second:,.0f}"),
         ],
     )

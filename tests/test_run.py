@@ -21,8 +21,8 @@ from dpojax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from dpojax.data.labels import label_pairs
 from dpojax.data.synthetic import (
-    label_pairs,
     make_reviews,
     make_tokenizer,
     split_review,

@@ -42,4 +42,6 @@ def test_dpo_raises_the_reward_and_ranks_held_out_pairs(tmp_path: Path):
 
 def test_settings_that_the_embedded_task_does_not_have_are_refused():
     with pytest.raises(ValueError, match="needs --model and --data"):
-        run_sentiment(TrainConfig(loss=LossConfig(beta=0.5)))
+        run_sentiment(TrainConfig(batch_size=3))
+    with pytest.raises(ValueError, match="trains a reward model"):
+        run_sentiment(TrainConfig(loss=LossConfig(name="bradley_terry")))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dpojax.data.labels import label_pairs, rank_completions
 from dpojax.data.synthetic import (
     REWARD_RANGE,
-    label_pairs,
     make_openings,
     make_reviews,
     make_tokenizer,
@@ -160,15 +160,17 @@ def test_label_pairs_prefers_the_higher_reward_and_drops_ties():
             "prompt": "I saw this film",
             "chosen": " and it was good.",
             "rejected": " and it was dull.",
+            "chosen_score": 0.5,
+            "rejected_score": -0.5,
         }
     ]
+    ranking = rank_completions(openings, completions)
+    assert [record["scores"] for record in ranking] == [[-0.5, 0.0, 0.5]]
 
 
 def test_label_pairs_refuses_lists_that_do_not_match():
     with pytest.raises(ValueError, match="one list"):
         label_pairs(["I saw this film"], [])
-    with pytest.raises(ValueError, match="one list"):
-        label_pairs(["I saw this film"], [[]])
 
 
 def test_the_vocabulary_is_small_and_known_words_are_all_there_is(

@@ -10,7 +10,6 @@ References:
 """
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -297,33 +296,6 @@ def split_review(review: str) -> tuple[str, str]:
 def make_openings(count: int, *, seed: int) -> list[str]:
     """The openings of `make_reviews(count, seed=seed)`: prompts without any opinion."""
     return [split_review(review)[0] for review in make_reviews(count, seed=seed)]
-
-
-def label_pairs(
-    openings: Sequence[str], completions: Sequence[Sequence[str]]
-) -> list[dict[str, str]]:
-    """Preference pairs from samples: the best and the worst completion by reward.
-
-    Args:
-      openings: the prompts.
-      completions: for each opening, one or more completions sampled for it.
-
-    Returns:
-      One record per opening, in order; openings whose completions tie are left out.
-    """
-    if len(openings) != len(completions) or not all(completions):
-        raise ValueError(
-            f"{len(openings)} openings came with {len(completions)} lists of samples;"
-            " give one list that is not empty for each opening."
-        )
-    pairs = []
-    for opening, samples in zip(openings, completions, strict=True):
-        rewards = [reward(opening + sample) for sample in samples]
-        if max(rewards) > min(rewards):
-            chosen = samples[int(np.argmax(rewards))]
-            rejected = samples[int(np.argmin(rewards))]
-            pairs.append({"prompt": opening, "chosen": chosen, "rejected": rejected})
-    return pairs
 
 
 def list_tokens() -> list[str]:
