@@ -155,7 +155,8 @@ def beta_dpo(
     mean = jnp.sum(jnp.where(kept, margin, 0.0)) / num_kept
     batch_beta = jnp.maximum(beta * (1 + alpha * (mean - running.mean)), 1e-3)
     loss = jnp.where(kept, -log_sigmoid(batch_beta * difference), 0.0)
-    rewards = batch_beta * log_ratios[0], batch_beta * log_ratios[1]
+    # As the authors log them: with one beta, curves compare from step to step.
+    rewards = beta * log_ratios[0], beta * log_ratios[1]
     return Outcome(loss * num_pairs / num_kept, rewards, logged={"beta": batch_beta})
 
 
