@@ -1,14 +1,13 @@
 """Every case that TRL's and the DPO authors' own code computed, against our losses.
 
-Where a definition differs by design the settings below say how one maps to the other:
-TRL 1.16 ignores label_smoothing for "sigmoid"; its simpo_gamma is gamma_beta_ratio times
-beta; a loss without reference is one whose reference is 0; older names and orders of
-divergences are translated. One test counts the cases, so that none can drop out.
+Where a definition differs by design, `of_…` says how one maps to the other: TRL 1.16
+ignores label_smoothing for "sigmoid"; its simpo_gamma is gamma_beta_ratio times beta; a
+loss without reference is one whose reference is 0; older names and orders are
+translated. Here are the pairs of TRL 1.16 and KTO; `test_losses_oracle_others` has the
+rest, and counts the cases, so that none can drop out.
 """
 
 import json
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,14 +82,16 @@ def groups(oracle: Oracle, family: str) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
-def evaluate(loss: Loss, candidates: Scores, weight: Any = 1.0) -> Result:
+def evaluate(
+    loss: Loss, candidates: Scores, weight: Any = 1.0, running: Any = None
+) -> Result:
     """Values and gradients of the mean, with token losses divided by all tokens."""
 
     def one(candidates: Scores, weight: jax.Array) -> Result:
         def total(policy: jax.Array, prefix: jax.Array) -> Any:
             given = candidates._replace(policy=policy, policy_prefix=prefix)
             losses, rewards = jnp.zeros(len(policy), policy.dtype), ()
-            outcomes = loss(given, {})
+            outcomes = loss(given, running or {})
             for term in loss.terms:
                 outcome = outcomes[term.name]
                 losses += term.weight * outcome.loss
@@ -106,7 +107,9 @@ def evaluate(loss: Loss, candidates: Scores, weight: Any = 1.0) -> Result:
         )(candidates.policy, candidates.policy_prefix)
         return Result(value, losses, rewards, *grads)
 
-    return jax.vmap(one)(candidates, jnp.broadcast_to(weight, candidates.policy.shape[:2]))
+    return jax.vmap(one)(
+        candidates, jnp.broadcast_to(weight, candidates.policy.shape[:2])
+    )
 
 
 def two(chosen: Any, rejected: Any, axis: int = -1) -> jax.Array:
@@ -216,7 +219,7 @@ def of_dpo(hyper: Hyper) -> tuple[str, Hyper]:
 
 
 def tolerance_of(hyper: Hyper) -> float:
-    """Of float64; TRL computes a part of some losses in float32, and one in no other."""
+    """Of float64; TRL computes a part of some losses in float32, one wholly."""
     if hyper["f_divergence_type"] == "alpha_divergence":
         return 2e-5
     return 1e-6 if "exo_pair" in hyper["loss_type"] else 1e-9
@@ -285,7 +288,7 @@ def judged(oracle: Oracle, sets: list[str], case: dict[str, Any]) -> Scores:
 
 
 def of_kto(hyper: Hyper, scores: Scores) -> tuple[Loss, Any]:
-    """TRL weighs the labels of apo_zero_unpaired too; for us those are data's weights."""
+    """TRL weighs apo_zero_unpaired's labels too; those are weights of data here."""
     weights = {name: hyper[name] for name in ("desirable_weight", "undesirable_weight")}
     if hyper["loss_type"] == "kto":
         return make_loss("kto", beta=hyper["beta"], **weights), 1.0
@@ -303,3 +306,4 @@ def compare_judged(case: dict[str, Any], got: Result) -> None:
     close(got.rewards[0][good], wanted["chosen_rewards"], 1e-9, case["hyper"])
     close(got.rewards[0][~good], wanted["rejected_rewards"], 1e-9, case["hyper"])
     close(got.of_policy[:, 0], wanted["grad_logps"], 1e-9, case["hyper"])
+    assert np.all(got.of_policy[:, 1] == 0)

@@ -187,7 +187,8 @@ def split_terms(text: str) -> list[tuple[float, str]]:
       ValueError: if a weight is not a positive number.
     """
     parts = []
-    for part in re.split(r"(?<![eE])\+", text):
+    # Not at the sign of an exponent, as in 1e+2*dpo; but after the e of hinge.
+    for part in re.split(r"(?<![0-9.][eE])\+", text):
         weight, star, name = part.rpartition("*")
         try:
             number = float(weight) if star else 1.0

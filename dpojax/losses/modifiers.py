@@ -47,7 +47,10 @@ def f_divergence(
     log_u = scores.log_ratio
 
     def power(exponent: Array) -> Array:
-        return jnp.expm1(jnp.minimum(exponent, _LARGEST_EXPONENT))
+        exponent = jnp.minimum(exponent, _LARGEST_EXPONENT)
+        # Near 0 the value needs expm1; far below it expm1's derivative cancels.
+        near = jnp.abs(exponent) < 1
+        return jnp.where(near, jnp.expm1(exponent), jnp.exp(exponent) - 1)
 
     order = divergence_alpha - 1
     if divergence == "forward_kl":
