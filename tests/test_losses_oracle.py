@@ -82,34 +82,38 @@ def groups(oracle: Oracle, family: str) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
+def total(loss: Loss, candidates: Scores, weight: Any, running: Any) -> Any:
+    """The mean, with token losses divided by all tokens; and the losses and rewards."""
+    losses, rewards = jnp.zeros(len(candidates.policy), candidates.policy.dtype), ()
+    outcomes = loss(candidates, running)
+    for term in loss.terms:
+        outcome = outcomes[term.name]
+        losses += term.weight * outcome.loss
+        if outcome.token_loss is not None:
+            tokens = jnp.sum(candidates.length[:, 0])
+            losses += term.weight * jnp.sum(outcome.token_loss) / tokens
+        rewards = rewards or outcome.rewards
+    losses *= weight
+    return jnp.mean(losses), (losses, rewards)
+
+
 def evaluate(
     loss: Loss, candidates: Scores, weight: Any = 1.0, running: Any = None
 ) -> Result:
-    """Values and gradients of the mean, with token losses divided by all tokens."""
+    """Values and gradients of each input set."""
 
     def one(candidates: Scores, weight: jax.Array) -> Result:
-        def total(policy: jax.Array, prefix: jax.Array) -> Any:
+        def of_sums(policy: jax.Array, prefix: jax.Array) -> Any:
             given = candidates._replace(policy=policy, policy_prefix=prefix)
-            losses, rewards = jnp.zeros(len(policy), policy.dtype), ()
-            outcomes = loss(given, running or {})
-            for term in loss.terms:
-                outcome = outcomes[term.name]
-                losses += term.weight * outcome.loss
-                if outcome.token_loss is not None:
-                    tokens = jnp.sum(candidates.length[:, 0])
-                    losses += term.weight * jnp.sum(outcome.token_loss) / tokens
-                rewards = rewards or outcome.rewards
-            losses *= weight
-            return jnp.mean(losses), (losses, rewards)
+            return total(loss, given, weight, running or {})
 
         (value, (losses, rewards)), grads = jax.value_and_grad(
-            total, argnums=(0, 1), has_aux=True
+            of_sums, argnums=(0, 1), has_aux=True
         )(candidates.policy, candidates.policy_prefix)
         return Result(value, losses, rewards, *grads)
 
-    return jax.vmap(one)(
-        candidates, jnp.broadcast_to(weight, candidates.policy.shape[:2])
-    )
+    weight = jnp.broadcast_to(weight, candidates.policy.shape[:2])
+    return jax.vmap(one)(candidates, weight)
 
 
 def two(chosen: Any, rejected: Any, axis: int = -1) -> jax.Array:

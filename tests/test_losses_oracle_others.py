@@ -29,6 +29,7 @@ from test_losses_oracle import (
     oracle,
     pairs,
     row,
+    total,
     two,
 )
 
@@ -124,28 +125,24 @@ def test_cpo_simpo_and_alphapo_equal_trl(oracle: Oracle):
     """The recorded log-probabilities are sums or averages: an average has length 1."""
     compared = 0
     with jax.enable_x64(True):
-        for case in [one for one in oracle.cases if one["family"] == "cpo"]:
-            wanted = case["float64"]
-            chosen, rejected = (
-                case["policy_chosen_logps"],
-                case["policy_rejected_logps"],
-            )
-            chosen = wanted.get("policy_chosen_logps", chosen)
-            rejected = wanted.get("policy_rejected_logps", rejected)
-            name, settings = of_cpo(case["hyper"])
-            scores = given(two([chosen], [rejected]))
+        for cases in groups(oracle, "cpo"):
+            wanted = [case["float64"] for case in cases]
+            sides = ("policy_chosen_logps", "policy_rejected_logps")
+            scores = given(two(*([one[side] for one in wanted] for side in sides)))
+            name, settings = of_cpo(cases[0]["hyper"])
             result = evaluate(make_loss(name, **settings), scores)
-            compare(case, wanted, row(result, 0), 1e-9)
+            for index, case in enumerate(cases):
+                compare(case, wanted[index], row(result, index), 1e-9)
+                compared += 1
             if name == "dpo":
                 check_cpo(settings, scores, result)
-            compared += 1
     assert compared == COUNTS["cpo"]
 
 
 def check_cpo(settings: Hyper, scores: Scores, dpo: Result) -> None:
     """Our cpo is that part and the likelihood of the chosen ones."""
     cpo = evaluate(make_loss("cpo", **settings, alpha=2.0), scores)
-    likelihood = -2 * jnp.mean(scores.policy[..., 0])
+    likelihood = -2 * jnp.mean(scores.policy[..., 0], axis=-1)
     np.testing.assert_allclose(cpo.loss, dpo.loss + likelihood, rtol=1e-12)
 
 
@@ -161,8 +158,8 @@ def completions(inputs: dict[str, Any], logits: jax.Array) -> tuple[jax.Array, .
     return two(*jnp.split(sums, 2)), two(*np.split(mask.sum(axis=-1), 2))
 
 
-def from_logits(case: dict[str, Any], inputs: dict[str, Any]) -> tuple[jax.Array, Any]:
-    """The whole loss of CPOTrainer and its gradient with respect to the logits."""
+def from_logits(case: dict[str, Any], inputs: dict[str, Any]) -> Any:
+    """The whole loss of CPOTrainer, rewards, and the gradient of the logits."""
     hyper = case["hyper"]
     name, settings = of_cpo(hyper)
     name = {"dpo": "cpo"}.get(name, name)
@@ -171,24 +168,23 @@ def from_logits(case: dict[str, Any], inputs: dict[str, Any]) -> tuple[jax.Array
     elif hyper["cpo_alpha"]:
         name += f"+{hyper['cpo_alpha']}*sft"
 
-    def total(logits: jax.Array) -> tuple[jax.Array, Result]:
-        sums, lengths = completions(inputs, logits)
-        result = evaluate(make_loss(name, **settings), given(sums[None], lengths[None]))
-        return result.loss[0], result
+    def of_logits(logits: jax.Array) -> Any:
+        scores = given(*completions(inputs, logits))
+        return total(make_loss(name, **settings), scores, 1.0, {})
 
-    return jax.value_and_grad(total, has_aux=True)(jnp.asarray(inputs["logits"]))
+    return jax.value_and_grad(of_logits, has_aux=True)(jnp.asarray(inputs["logits"]))
 
 
 def test_cpo_and_simpo_of_logits_with_their_likelihood_equal_trl(oracle: Oracle):
     inputs, compared = oracle.input_sets["logits"], 0
     for case in [one for one in oracle.cases if one["family"] == "cpo_logits"]:
-        (value, result), grad = from_logits(case, inputs)
+        (value, (_, rewards)), grad = from_logits(case, inputs)
         close(value, case["loss"], 1e-5, case["hyper"])
         if case["hyper"]["loss_type"] != "ipo":  # its rewards are averages there
             for ours, theirs in zip(
-                result.rewards, ("chosen_rewards", "rejected_rewards"), strict=True
+                rewards, ("chosen_rewards", "rejected_rewards"), strict=True
             ):
-                close(ours[0], case[theirs], 1e-5, case["hyper"])
+                close(ours, case[theirs], 1e-5, case["hyper"])
         norm = jnp.sqrt(jnp.sum(grad**2))
         close(norm, case["grad_logits_l2"], 1e-5, case["hyper"])
         compared += 1

@@ -1,8 +1,11 @@
 """What must hold for every row of the table, so that a new row is covered at once.
 
-Exceptions are named with their reason, and tested to be exceptions.
+Exceptions are named with their reason, and tested to be exceptions. Batches are of six
+examples everywhere, so that each loss and its gradient is compiled once.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -28,36 +31,36 @@ def num_completions(name: str) -> int:
 
 
 def candidates(name: str, policy: Any, reference: Any, length: Any) -> Scores:
-    """Completions ``[batch, completions]`` with all that any loss asks for."""
-    policy, reference = (jnp.asarray(a, jnp.float32) for a in (policy, reference))
-    length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), policy.shape)
+    """Completions ``[batch, completions]`` with all that any loss asks for.
+
+    NumPy's arrays, since building them is most of the time of these tests.
+    """
+    policy, reference = (np.asarray(a, np.float32) for a in (policy, reference))
+    length = np.broadcast_to(np.asarray(length, np.int32), policy.shape)
     if OBJECTIVES[name].kind == "judged":  # in turns desirable and undesirable
-        score = jnp.broadcast_to(
-            (jnp.arange(len(policy)) % 2 == 0)[:, None], policy.shape
-        )
+        rating = (np.arange(len(policy)) % 2 == 0)[:, None]
     else:
-        score = jnp.broadcast_to(
-            jnp.asarray(RATINGS[OBJECTIVES[name].kind]), policy.shape
-        )
+        rating = np.asarray(RATINGS[OBJECTIVES[name].kind])
+    arrays = {
+        "policy": policy,
+        "reference": reference,
+        "score": np.broadcast_to(rating, policy.shape).astype(np.float32),
+        "policy_prefix": 0.75 * policy,
+        "reference_prefix": 0.75 * reference,
+        "log_sum_squares": np.float32(-0.5) * length,
+        "token_kl": np.float32(0.25) * length,
+    }
     return Scores(
-        policy,
-        reference,
-        length,
-        score=score.astype(jnp.float32),
-        policy_prefix=0.75 * policy,
-        reference_prefix=0.75 * reference,
-        log_sum_squares=-0.5 * length,
-        token_kl=0.25 * length,
+        **{k: np.asarray(v, np.float32) for k, v in arrays.items()}, length=length
     )
 
 
-def draw(name: str, batch: int = 6, seed: int = 0, length: Any = None) -> Scores:
-    """Moderate numbers, as of completions of up to twenty tokens."""
-    key = jax.random.key(seed)
-    shape = batch, num_completions(name)
-    policy, reference = jax.random.uniform(key, (2, *shape), minval=-40.0, maxval=-1.0)
+def draw(name: str, seed: int = 0, length: Any = None) -> Scores:
+    """Six examples of moderate numbers, as of completions of up to twenty tokens."""
+    random, shape = np.random.default_rng(seed), (6, num_completions(name))
+    policy, reference = random.uniform(-40, -1, (2, *shape))
     if length is None:
-        length = jax.random.randint(key, shape, 1, 20)
+        length = random.integers(1, 20, shape)
     return candidates(name, policy, reference, length)
 
 
@@ -67,19 +70,25 @@ class Evaluation(NamedTuple):
     grads: jax.Array  # of the sum over examples that are there, [batch, completions]
 
 
-def evaluate(
-    name: str, scores: Scores, settings: dict[str, Any] | None = None
-) -> Evaluation:
-    loss = make_loss(name, **(SETTINGS.get(name, {}) if settings is None else settings))
+@cache
+def compiled(name: str) -> Callable[[Scores], Evaluation]:
+    loss = make_loss(name, **SETTINGS.get(name, {}))
 
-    def total(policy: jax.Array) -> tuple[jax.Array, Any]:
+    def total(policy: jax.Array, scores: Scores) -> tuple[jax.Array, Any]:
         losses, rewards = losses_of(loss, scores._replace(policy=policy))
         return jnp.sum(losses), (losses, rewards)
 
-    (_, (losses, rewards)), grads = jax.value_and_grad(total, has_aux=True)(
-        scores.policy
-    )
-    return Evaluation(losses, rewards, grads)
+    def evaluation(scores: Scores) -> Evaluation:
+        (_, (losses, rewards)), grads = jax.value_and_grad(total, has_aux=True)(
+            scores.policy, scores
+        )
+        return Evaluation(losses, rewards, grads)
+
+    return jax.jit(evaluation)
+
+
+def evaluate(name: str, scores: Scores) -> Evaluation:
+    return jax.tree.map(np.asarray, compiled(name)(scores))
 
 
 def losses_of(loss: Loss, scores: Scores) -> tuple[jax.Array, Any]:
@@ -92,7 +101,7 @@ def losses_of(loss: Loss, scores: Scores) -> tuple[jax.Array, Any]:
     return jnp.where(jnp.any(scores.present, axis=-1), losses, 0.0), outcome.rewards
 
 
-EXTREMES = [-2e4, -1e4, -1.0, 0.0]
+EXTREMES = [-2e4, -1e4, 0.0]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -100,14 +109,14 @@ def test_losses_rewards_and_gradients_are_finite_at_every_log_probability(name: 
     """Log-ratios of -2e4, +-1e4, 0 and 2e4, of one token and of 8192, in float32."""
     count = num_completions(name)
     grid = np.stack(np.meshgrid(*[EXTREMES] * (2 * count))).reshape(2 * count, -1).T
-    # All of pairs; of lists of three one in sixteen, in no order.
-    grid = np.random.default_rng(0).permutation(np.resize(grid, (4096, 2 * count)))
-    grid = grid[:256] if count > 2 else np.unique(grid, axis=0)
-    policy, reference = np.split(np.resize(grid, (256, 2 * count)), 2, axis=1)
-    for length in (1, 8192, np.resize([1, 8192], count)):
-        got = evaluate(name, candidates(name, policy, reference, length), {})
-        assert got.losses.dtype == got.grads.dtype == jnp.float32
-        assert all(np.all(np.isfinite(array)) for array in jax.tree.leaves(got))
+    # All of pairs, 3^4; of lists of three some of 3^6.
+    grid = np.random.default_rng(0).permutation(grid)
+    for batch in np.resize(grid, (14, 6, 2 * count)):
+        for length in (1, 8192, np.resize([1, 8192], count)):
+            scores = candidates(name, *np.split(batch, 2, axis=1), length)
+            got = evaluate(name, scores)
+            assert got.losses.dtype == got.grads.dtype == jnp.float32
+            assert all(np.all(np.isfinite(array)) for array in jax.tree.leaves(got))
 
 
 class Turn(NamedTuple):
@@ -135,7 +144,7 @@ FORGET = ("npo", "simnpo")
 
 def check_direction(name: str, scores: Scores) -> None:
     """The best one's log-probability may rise and the worst one's fall, at no cost."""
-    grads = np.asarray(evaluate(name, scores).grads)
+    grads = evaluate(name, scores).grads
     kind = OBJECTIVES[name].kind
     if kind == "single":
         assert np.all(grads >= 0) if name in FORGET else np.all(grads <= 0)
@@ -184,7 +193,7 @@ CANCELS_TOO = {
 def changes_with_a_constant(name: str, length: Any) -> bool:
     """Whether log Z, one number for all completions of a prompt, makes a difference."""
     scores = draw(name, length=length)
-    shift = jnp.linspace(-3.0, 4.0, len(scores.policy))[:, None]
+    shift = np.linspace(-3, 4, 6, dtype=np.float32)[:, None]
     assert scores.reference is not None and scores.reference_prefix is not None
     shifted = scores._replace(
         reference=scores.reference - shift,
@@ -208,7 +217,8 @@ def test_it_cancels_in_averages_only_of_equal_lengths(name: str):
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in WITH_REFERENCE])
 def test_a_loss_without_reference_does_not_look_at_one(name: str):
     scores = draw(name)
-    without = scores._replace(reference=None, reference_prefix=None)
+    nothing = np.full_like(scores.policy, np.nan)
+    without = scores._replace(reference=nothing, reference_prefix=nothing)
     jax.tree.map(
         np.testing.assert_array_equal, evaluate(name, scores), evaluate(name, without)
     )
@@ -234,47 +244,57 @@ def test_rewards_are_one_array_for_each_completion_that_is_judged(name: str):
     assert [reward.shape for reward in rewards] == wanted
 
 
-def with_absent(scores: Scores, junk: jax.Array) -> Scores:
-    """Three examples, two of them gone; lists of three have one gone besides."""
-    absent = jnp.zeros(scores.policy.shape, bool).at[jnp.array([1, 4])].set(True)
-    if scores.policy.shape[-1] == 3:
-        absent = absent.at[2, 1].set(True)
+def with_absent(scores: Scores, junk: Any) -> Scores:
+    """Two examples are gone; of lists of three one completion besides."""
+    absent = np.zeros(scores.policy.shape, bool)
+    absent[[1, 4]] = True
+    if absent.shape[-1] == 3:
+        absent[2, 1] = True
     fields = {
-        name: jnp.where(absent, junk, array)
+        name: np.where(absent, np.float32(junk), array)
         for name, array in scores._asdict().items()
         if name != "length"
     }
-    return Scores(**fields, length=jnp.where(absent, 0, scores.length))
+    return Scores(**fields, length=np.where(absent, 0, scores.length))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_what_an_absent_completion_holds_changes_nothing(name: str):
     scores = draw(name)
-    zero = evaluate(name, with_absent(scores, jnp.zeros(())))
+    zero = evaluate(name, with_absent(scores, 0.0))
+    noise = np.random.default_rng(1).uniform(size=scores.policy.shape)
     for number in (-1e4, 1e4):
-        noise = jax.random.uniform(jax.random.key(1), scores.policy.shape)
         junk = evaluate(name, with_absent(scores, number * noise))
         np.testing.assert_array_equal(zero.losses, junk.losses)
         np.testing.assert_array_equal(zero.grads, junk.grads)
-    gone = np.asarray(with_absent(scores, jnp.zeros(())).length == 0)
-    assert np.all(np.asarray(zero.grads)[gone] == 0)
+    gone = with_absent(scores, 0.0).length == 0
+    assert np.all(zero.grads[gone] == 0)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_table_says_whether_an_example_depends_on_the_others(name: str):
+    scores, others = draw(name), draw(name, seed=1)
+    mixed = jax.tree.map(lambda a, b: np.concatenate([a[:3], b[3:]]), scores, others)
+    same = np.isclose(
+        evaluate(name, scores).losses[:3], evaluate(name, mixed).losses[:3], rtol=1e-5
+    )
+    assert np.all(same) != OBJECTIVES[name].batchwise
+
+
+@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o.batchwise])
 def test_absent_examples_are_as_if_they_had_not_been_given(name: str):
-    scores = with_absent(draw(name), jnp.asarray(1e3))
-    rows = jnp.array([0, 2, 3, 5])
-    with_them = evaluate(name, scores)
-    without = evaluate(name, jax.tree.map(lambda array: array[rows], scores))
-    for one, other in ((0, 0), (2, 2)):
-        np.testing.assert_allclose(
-            with_them[one][rows], without[other], rtol=1e-5, atol=1e-6
-        )
+    scores = with_absent(draw(name), 1e3)
+    rows = np.array([0, 2, 3, 5])
+    fewer = jax.tree.map(lambda array: array[rows], scores)
+    loss = make_loss(name, **SETTINGS.get(name, {}))
+    scores, fewer = jax.tree.map(jnp.asarray, (scores, fewer))
+    (with_them, _), (without, _) = losses_of(loss, scores), losses_of(loss, fewer)
+    np.testing.assert_allclose(with_them[rows], without, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_order_of_examples_is_only_the_order_of_losses(name: str):
-    scores, order = draw(name), jnp.array([3, 0, 5, 1, 4, 2])
+    scores, order = draw(name), np.array([3, 0, 5, 1, 4, 2])
     moved = evaluate(name, jax.tree.map(lambda array: array[order], scores))
     for got, wanted in zip(
         jax.tree.leaves(moved), jax.tree.leaves(evaluate(name, scores)), strict=True
@@ -282,11 +302,27 @@ def test_the_order_of_examples_is_only_the_order_of_losses(name: str):
         np.testing.assert_allclose(got, wanted[order], rtol=1e-5, atol=1e-5)
 
 
+def as_rows(scores: Scores) -> Scores:
+    return jax.tree.map(lambda array: array.reshape(2, 3, *array.shape[1:]), scores)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_rows_of_slots_are_a_batch(name: str):
-    scores = draw(name)
-    rows = jax.tree.map(lambda array: array.reshape(2, 3, *array.shape[1:]), scores)
-    flat, folded = evaluate(name, scores, {}), evaluate(name, rows, {})
-    assert folded.losses.shape == (2, 3)
-    for got, wanted in zip(jax.tree.leaves(folded), jax.tree.leaves(flat), strict=True):
-        np.testing.assert_allclose(got, wanted.reshape(got.shape), rtol=1e-5, atol=1e-6)
+def test_every_loss_takes_rows_of_slots(name: str):
+    rows = jax.tree.map(jnp.asarray, as_rows(draw(name)))
+    losses, rewards = jax.eval_shape(
+        lambda rows: losses_of(make_loss(name), rows), rows
+    )
+    assert losses.shape == (2, 3)
+    assert all(reward.shape[:2] == (2, 3) for reward in rewards)
+
+
+@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o.batchwise])
+def test_rows_of_slots_are_one_batch(name: str):
+    loss, scores = make_loss(name), jax.tree.map(jnp.asarray, draw(name))
+    (flat, rewards), (folded, folded_rewards) = (
+        losses_of(loss, scores),
+        losses_of(loss, as_rows(scores)),
+    )
+    np.testing.assert_allclose(folded.ravel(), flat, rtol=1e-5, atol=1e-6)
+    for one, other in zip(folded_rewards, rewards, strict=True):
+        np.testing.assert_allclose(one.ravel(), other, rtol=1e-5)
