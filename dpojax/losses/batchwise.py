@@ -150,30 +150,37 @@ def beta_dpo(
     difference = log_ratios[0] - log_ratios[1]
     margin = jax.lax.stop_gradient(difference)
     num_pairs = jnp.sum(chosen.present)
-    num_kept = jnp.maximum(jnp.floor((1 - rho) * num_pairs), 1)
-    kept = _draw(margin, running, chosen.present, num_kept)
-    mean = jnp.sum(jnp.where(kept, margin, 0.0)) / num_kept
+    count = num_kept(num_pairs, rho)
+    kept = _draw(margin, running, chosen.present, count)
+    mean = jnp.sum(jnp.where(kept, margin, 0.0)) / count
     batch_beta = jnp.maximum(beta * (1 + alpha * (mean - running.mean)), 1e-3)
     loss = jnp.where(kept, -log_sigmoid(batch_beta * difference), 0.0)
-    rewards = batch_beta * log_ratios[0], batch_beta * log_ratios[1]
-    return Outcome(loss * num_pairs / num_kept, rewards, logged={"beta": batch_beta})
+    # As the authors log them: with one beta, curves compare from step to step.
+    rewards = beta * log_ratios[0], beta * log_ratios[1]
+    return Outcome(loss * num_pairs / count, rewards, logged={"beta": batch_beta})
+
+
+def num_kept(num_pairs: Int[Array, ""], rho: float) -> Float[Array, ""]:
+    """``floor((1 - rho) num_pairs)``, and at least 1."""
+    # (1 - 0.9) * 10 is 0.9999999999999998 where Python reckons.
+    return jnp.maximum(jnp.floor((1 - rho) * num_pairs + 1e-3), 1)
 
 
 def _draw(
     margin: Float[Array, "*batch"],
     running: RunningMargin,
     present: Bool[Array, "*batch"],
-    num_kept: Float[Array, ""],
+    count: Float[Array, ""],
 ) -> Bool[Array, "*batch"]:
     """Draws pairs by the density of their margin, by the Gumbel top-k trick."""
     deviation = jnp.maximum(running.deviation, 1e-6)
     log_density = -0.5 * ((margin - running.mean) / deviation) ** 2
     key = jax.random.fold_in(jax.random.key(0), running.step)
     noisy = log_density + jax.random.gumbel(key, margin.shape, margin.dtype)
-    # A rank, not a threshold: exactly num_kept pairs, whatever ties.
+    # A rank, not a threshold: exactly so many pairs, whatever ties.
     order = jnp.argsort(-jnp.where(present, noisy, -jnp.inf).ravel())
     rank = jnp.argsort(order).reshape(margin.shape)
-    return (rank < num_kept) & present
+    return (rank < count) & present
 
 
 def _transport(

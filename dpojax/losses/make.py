@@ -9,19 +9,14 @@ import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpojax.losses.modifiers import (
-    Divergence,
-    Weighting,
-    desensitize,
-    f_divergence,
-    pair_weight,
-)
+from dpojax.losses.limits import check_setting
+from dpojax.losses.modifiers import desensitize, f_divergence, pair_weight
 from dpojax.losses.scores import Outcome, Scores
 from dpojax.losses.table import MIXTURES, OBJECTIVES, Kind, Need, Objective
 
@@ -163,8 +158,9 @@ def make_loss(
         ``0.8*dpo+0.2*bco_pair+sft``.
       objectives: the table.
       **settings: keyword arguments of the losses, each given to every term that has
-        it; or modifiers of pairs: ``divergence`` and ``divergence_alpha``,
-        ``ld_alpha``, ``weighting``. What is not given keeps its default.
+        it; or modifiers of pairs: ``divergence`` and ``divergence_alpha``, which all
+        terms with a reference must allow, ``ld_alpha``, ``weighting``. What is not
+        given keeps its default.
 
     Raises:
       ValueError: for an unknown name, terms of different kinds, or a setting that no
@@ -181,6 +177,11 @@ def make_loss(
     terms = tuple(
         _make_term(part, weight, objectives[part], settings) for weight, part in parts
     )
+    if len({"reward_head" in term.objective.needs for term in terms}) > 1:
+        raise ValueError(
+            f"The terms of {text!r} must all take rewards of a scalar head or all "
+            "log-probabilities; train a reward model by itself."
+        )
     kinds = _kinds(terms)
     if len(kinds) > 1 or len({term.name for term in terms}) < len(terms):
         raise ValueError(
@@ -190,6 +191,8 @@ def make_loss(
     for setting in settings:
         if not any(setting in {**term.settings, **term.modifiers} for term in terms):
             raise ValueError(_no_effect(setting, name, terms))
+    if "divergence" in settings:
+        _check_divergence(terms)
     return Loss(name, terms)
 
 
@@ -200,7 +203,8 @@ def split_terms(text: str) -> list[tuple[float, str]]:
       ValueError: if a weight is not a positive number.
     """
     parts = []
-    for part in re.split(r"(?<![eE])\+", text):
+    # Not at the sign of an exponent, as in 1e+2*dpo; but after the e of hinge.
+    for part in re.split(r"(?<![0-9.][eE])\+", text):
         weight, star, name = part.rpartition("*")
         try:
             number = float(weight) if star else 1.0
@@ -236,7 +240,7 @@ def _make_term(
     if "divergence" not in modifiers:
         modifiers.pop("divergence_alpha", None)
     for key, value in (settings | modifiers).items():
-        _check(name, key, value)
+        check_setting(name, key, value)
     # The defaults too: what the weighting of wpo asks for, say.
     term = Term(name, weight, objective, known | settings, modifiers)
     divergence = {**term.settings, **modifiers}.get("divergence")
@@ -246,6 +250,17 @@ def _make_term(
             "divergence to alpha_divergence."
         )
     return term
+
+
+def _check_divergence(terms: tuple[Term, ...]) -> None:
+    """One policy is held by one divergence: all terms with a reference must take it."""
+    for term in terms:
+        taken = "divergence" in {**term.settings, **term.modifiers}
+        if "reference" in term.objective.needs and not taken:
+            raise ValueError(
+                f"divergence does not hold for {term.name}, where the partition "
+                "function does not cancel; leave it out or the term."
+            )
 
 
 def _can_modify(setting: str, objective: Objective) -> bool:
@@ -289,6 +304,11 @@ def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _unknown(name: str, objectives: Mapping[str, Objective]) -> str:
+    if name in MIXTURES:
+        return (
+            f"{name!r} is a sum itself and cannot be part of one; write out its terms, "
+            f"{MIXTURES[name].terms}."
+        )
     names = [*objectives, *MIXTURES]
     nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
     return (
@@ -316,54 +336,3 @@ def _no_effect(setting: str, name: str, terms: tuple[Term, ...]) -> str:
         f"The loss {name!r} has no setting {setting!r}; "
         f"it has {', '.join(known) or 'none'}{hint}."
     )
-
-
-class _Limit(NamedTuple):
-    meaning: str
-    allows: Callable[[Any], bool]
-
-
-_POSITIVE = _Limit("a positive number", lambda value: 0 < value < float("inf"))
-_NOT_NEGATIVE = _Limit("at least 0", lambda value: 0 <= value < float("inf"))
-_FINITE = _Limit("a finite number", lambda value: abs(value) < float("inf"))
-_LIMITS: dict[str, _Limit] = {
-    "beta": _POSITIVE,
-    "label_smoothing": _Limit("in [0, 0.5)", lambda value: 0 <= value < 0.5),
-    "exo_pair.label_smoothing": _Limit(
-        "in (0, 0.5); the paper takes 1e-3", lambda value: 0 < value < 0.5
-    ),
-    "alpha": _FINITE,
-    "alphapo.alpha": _Limit(
-        "a finite number that is not 0", lambda value: 0 < abs(value) < float("inf")
-    ),
-    "infonca.alpha": _POSITIVE,
-    "nca.alpha": _POSITIVE,
-    "exo.alpha": _POSITIVE,
-    "tau": _POSITIVE,
-    "gamma": _FINITE,
-    "gamma_beta_ratio": _NOT_NEGATIVE,
-    "delta": _NOT_NEGATIVE,
-    "penalty": _NOT_NEGATIVE,
-    "rho": _Limit("in [0, 1)", lambda value: 0 <= value < 1),
-    "desirable_weight": _NOT_NEGATIVE,
-    "undesirable_weight": _NOT_NEGATIVE,
-    "center": _NOT_NEGATIVE,
-    "margin_scale": _NOT_NEGATIVE,
-    "ld_alpha": _Limit("in [0, 1]", lambda value: 0 <= value <= 1),
-    "divergence_alpha": _FINITE,
-    "divergence": _Limit(
-        f"one of {', '.join(get_args(Divergence))}",
-        lambda value: value in get_args(Divergence),
-    ),
-    "weighting": _Limit(
-        f"one of {', '.join(get_args(Weighting))}",
-        lambda value: value in get_args(Weighting),
-    ),
-}
-
-
-def _check(name: str, setting: str, value: Setting) -> None:
-    limit = _LIMITS.get(f"{name}.{setting}", _LIMITS.get(setting))
-    # A user's own loss may have settings of its own, and checks them itself.
-    if limit is not None and not limit.allows(value):
-        raise ValueError(f"{setting} must be {limit.meaning}, not {value}.")

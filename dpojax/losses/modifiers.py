@@ -25,12 +25,12 @@ _LARGEST_EXPONENT = 80.0
 def f_divergence(
     scores: Scores, *, divergence: Divergence, divergence_alpha: float = 0.5
 ) -> Scores:
-    """Replaces the log-ratio by ``f'(pi / pi_ref)``, up to a constant.
+    """Replaces the log-ratio by ``f'(pi / pi_ref) - f'(1)``, 0 where policies agree.
 
-    With ``u = pi / pi_ref``: reverse KL ``log u``, forward KL ``-1 / u``,
-    Jensen-Shannon ``log(u / (1 + u))``, alpha ``u^(a - 1) / (a - 1)``, which for a to 1
-    is the reverse KL. Allowed only where nothing but differences of two of them counts:
-    there the partition function cancels.
+    With ``u = pi / pi_ref``: reverse KL ``log u``, forward KL ``1 - 1 / u``,
+    Jensen-Shannon ``log(2 u / (1 + u))``, alpha ``(u^(a - 1) - 1) / (a - 1)``, which
+    for a to 1 is the reverse KL. Allowed only where nothing but differences of two of
+    them counts: there the partition function cancels.
 
     Args:
       scores: with reference; each ``[*batch]``.
@@ -47,13 +47,16 @@ def f_divergence(
     log_u = scores.log_ratio
 
     def power(exponent: Array) -> Array:
-        return jnp.exp(jnp.minimum(exponent, _LARGEST_EXPONENT))
+        exponent = jnp.minimum(exponent, _LARGEST_EXPONENT)
+        # Near 0 the value needs expm1; far below it expm1's derivative cancels.
+        near = jnp.abs(exponent) < 1
+        return jnp.where(near, jnp.expm1(exponent), jnp.exp(exponent) - 1)
 
     order = divergence_alpha - 1
     if divergence == "forward_kl":
         log_u = -power(-log_u)
     elif divergence == "js_divergence":
-        log_u = log_sigmoid(log_u)
+        log_u = log_sigmoid(log_u) + jnp.log(2.0)
     elif divergence == "alpha_divergence" and abs(order) > 1e-6:
         log_u = power(order * log_u) / order
     return scores._replace(policy=log_u, reference=jnp.zeros_like(log_u))

@@ -56,7 +56,7 @@ RUNS = {name: Setup(loss=LossConfig(name=name)) for name in (*OBJECTIVES, *MIXTU
 RUNS |= {
     "bradley_terry": Setup(
         loss=LossConfig(name="bradley_terry"),
-        note=f"a reward model chooses the best of {CANDIDATES} samples of the reference",
+        note=f"the reward model chooses the best of {CANDIDATES} reference samples",
     ),
     "npo": Setup(
         loss=LossConfig(name="npo"), data="worst", note="forgets the worst completions"
