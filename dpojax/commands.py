@@ -14,7 +14,7 @@ from dpojax.config import (
     LossesConfig,
 )
 from dpojax.data.packing import with_mismatched
-from dpojax.data.tokenize import encode_prompt, load_tokenizer
+from dpojax.data.tokenize import Tokenizer, encode_prompt, load_tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sampled_kl
 from dpojax.loading import (
     as_reward_examples,
@@ -54,6 +54,8 @@ def init(config: InitConfig) -> Path:
     """
     directory = new_directory(config.output)
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
+    if config.chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(config.chat_template), tokenizer)
     layers, width, heads, mlp_width = _PRESETS[config.preset]
     shape = DecoderConfig(
         vocabulary_size=-(-(max(tokenizer.get_vocab().values()) + 1) // 128) * 128,
@@ -203,6 +205,16 @@ def export(config: ExportConfig) -> Path:
     write_model(output, params, settings, load_tokenizer(frame).save_pretrained)
     say(f"Step {step} of {config.run} is in {output}.")
     return output
+
+
+def _read_template(path: Path, tokenizer: Tokenizer) -> str:
+    if tokenizer.chat_template is not None:
+        raise ValueError(
+            "The tokenizer has a chat template of its own; leave --chat-template out."
+        )
+    if not path.is_file():
+        raise ValueError(f"There is no chat template file {path}.")
+    return path.read_text("utf-8")
 
 
 def _with_sharding(

@@ -272,6 +272,8 @@ class InitConfig:
     """Tokenizer: directory, hub name, tokenizer.json, or GPT-2 vocabulary file."""
     eos_token: str | None = None
     """End-of-sequence token, if the tokenizer does not name one."""
+    chat_template: str | None = None
+    """Jinja file of a chat template, if the tokenizer has none."""
     preset: Literal["tiny", "small", "base"] = "small"
     """Layers x width: tiny 2 x 64, small 4 x 128, base 8 x 512."""
     max_length: int = 2048

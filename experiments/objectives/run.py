@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import tyro
 
@@ -92,6 +93,8 @@ def main(
       only: names of runs; by default all.
       epochs: times that each opening is seen.
     """
+    # Most of the programs are the same from run to run.
+    jax.config.update("jax_compilation_cache_dir", str(output / "cache"))
     results = output / "results.jsonl"
     for seed in range(seeds):
         task, before = _task(output / str(seed), seed)
