@@ -5,7 +5,7 @@ import pytest
 
 from dpojax.batch import Batch
 from dpojax.data.loader import evaluation_batches, fingerprint, training_batches
-from dpojax.data.packing import Example
+from dpojax.data.packing import Example, choose_row_length
 
 
 def as_example(prompt: list[int], *completions: list[int]) -> Example:
@@ -100,9 +100,20 @@ def test_evaluation_covers_every_example_once(examples: list[Example], batch_siz
     assert len(found) == -(-10 // batch_size)
 
 
-def test_evaluation_puts_examples_of_similar_length_together(examples: list[Example]):
-    mixed = [examples[n] for n in (8, 0, 3, 9, 5, 1, 7, 2, 6, 4)]
-    assert order(list(evaluation_batches(mixed, 4))) == list(range(10))
+def test_evaluation_has_rows_of_one_length(examples: list[Example]):
+    lengths = {batch.tokens.shape[1] for batch in evaluation_batches(examples, 4)}
+    assert lengths == {choose_row_length(examples)}
+
+
+def test_each_example_gets_another_completion_of_its_batch(examples: list[Example]):
+    """KTO's mismatched completions: each serves once, none stays with its prompt."""
+    plain = batches(examples, batch_size=5, num_seen=10, stop=2)
+    mixed = batches(examples, batch_size=5, num_seen=10, stop=2, mismatch_within=64)
+    for before, after in zip(plain, mixed, strict=True):
+        own, other = (np.sort(after.completion_length[..., k], None) for k in (0, 1))
+        first = np.sort(before.completion_length[..., 0], None)
+        np.testing.assert_array_equal(own[-5:], first[-5:])
+        np.testing.assert_array_equal(own, other)
 
 
 def test_the_fingerprint_is_that_of_the_tokens(examples: list[Example]):

@@ -15,6 +15,7 @@ from dpojax.data.packing import (
     choose_row_length,
     pack,
     row_length,
+    with_mismatched,
 )
 
 
@@ -201,3 +202,17 @@ def test_rows_of_equal_examples_are_filled():
     batch = pack([example] * 8, length=36)  # each takes nine positions
     assert batch.tokens.shape == (2, 36)
     assert np.all(batch.example > 0)
+
+
+def test_mismatched_completions_avoid_those_of_the_same_prompt():
+    """Two prompts, twice each, in turn: completions move on by one place, not by two."""
+    rows = [([5], [1, 2]), ([6], [3, 2]), ([5], [7, 2]), ([6], [8, 9, 2])]
+    examples = [as_example(prompt, completion) for prompt, completion in rows]
+    mixed = with_mismatched(examples, max_length=3)
+    seconds = [example.completions[1].tolist() for example in mixed]
+    assert seconds == [[8, 9], [1, 2], [3, 2], [7, 2]]  # the longest is cut to fit
+    assert [example.completions[0].tolist() for example in mixed] == [
+        c for _, c in rows
+    ]
+    with pytest.raises(ValueError, match="at least two"):
+        with_mismatched(examples[:1], max_length=3)

@@ -120,9 +120,8 @@ def _table(results: list[dict[str, Any]]) -> str:
     lines = [f"| data | objective | {' | '.join(FIGURES)} | s |", "|---" * 7 + "|"]
     for row in results:
         figures = " | ".join(_figure(row.get(name)) for name in FIGURES)
-        lines.append(
-            f"| {row['data']} | `{row['objective']}` | {figures} | {row['seconds']:.0f} |"
-        )
+        cells = row["data"], f"`{row['objective']}`", figures, f"{row['seconds']:.0f}"
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
