@@ -27,7 +27,7 @@ from dpojax.loading import (
 from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_decoder_config, as_settings
 from dpojax.models.huggingface import read_settings, write_model
-from dpojax.objective_table import HEADER, LEGEND, as_markdown, table_rows
+from dpojax.objective_table import as_lines, as_markdown
 from dpojax.prepare import load_examples, make_configured_loss
 from dpojax.progress import say, show_table
 from dpojax.sharding import Placement, as_shardings, make_mesh, make_placement
@@ -150,11 +150,7 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
 
 def losses(config: LossesConfig) -> None:
     """Prints the table of objectives."""
-    if config.markdown:
-        say(as_markdown())
-        return
-    show_table("Objectives", HEADER, table_rows())
-    say(LEGEND)
+    say(as_markdown() if config.markdown else as_lines())
 
 
 def generate(config: GenerateConfig) -> list[str]:

@@ -32,6 +32,21 @@ def table_rows() -> list[tuple[str, ...]]:
     return rows
 
 
+def as_lines() -> str:
+    """The table for a terminal: each objective's name and formula, then the rest."""
+    lines = []
+    for name, formula, kind, needs, per_token, settings, rate, source in table_rows():
+        about = (
+            f"{kind} + {needs}" if needs else kind,
+            "averaged per token" if per_token else "",
+            settings,
+            f"learning rate {rate}" if rate else "",
+            source,
+        )
+        lines += [f"{name:18} {formula}", f"{'':18} {'; '.join(filter(None, about))}"]
+    return "\n".join([*lines, "", LEGEND])
+
+
 def as_markdown() -> str:
     """The table in Markdown."""
     lines = [HEADER, tuple("---" for _ in HEADER), *map(_marked, table_rows())]

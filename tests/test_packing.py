@@ -205,7 +205,7 @@ def test_rows_of_equal_examples_are_filled():
 
 
 def test_mismatched_completions_avoid_those_of_the_same_prompt():
-    """Two prompts, twice each, in turn: completions move on by one place, not by two."""
+    """Two prompts in turn, twice: completions move on by one place, not by two."""
     rows = [([5], [1, 2]), ([6], [3, 2]), ([5], [7, 2]), ([6], [8, 9, 2])]
     examples = [as_example(prompt, completion) for prompt, completion in rows]
     mixed = with_mismatched(examples, max_length=3)
