@@ -6,7 +6,8 @@ Command: python experiments/objectives/run.py --output runs/objectives
 Hardware, time and result: README.md beside this file; the command prints its table.
 
 One SFT model and its samples serve all objectives of a seed. Losses have their default
-settings, and the embedded task's optimiser, except where `RUNS` says otherwise. The same command continues where it was stopped.
+settings, and the embedded task's optimiser, except where `RUNS` says otherwise. The
+same command continues where it was stopped.
 """
 
 import json
