@@ -112,12 +112,14 @@ def evaluate(
         )(candidates.policy, candidates.policy_prefix)
         return Result(value, losses, rewards, *grads)
 
-    weight = jnp.broadcast_to(weight, candidates.policy.shape[:2])
-    return jax.vmap(one)(candidates, weight)
+    # A single set four times over: every operation is compiled for one shape only.
+    four = jax.tree.map(lambda a: jnp.resize(a, (4, *a.shape[1:])), candidates)
+    return jax.vmap(one)(four, jnp.broadcast_to(weight, four.policy.shape[:2]))
 
 
-def two(chosen: Any, rejected: Any, axis: int = -1) -> jax.Array:
-    return jnp.stack([jnp.asarray(chosen), jnp.asarray(rejected)], axis=axis)
+def two(*sides: Any) -> jax.Array:
+    """The chosen and the rejected ones, on a last axis."""
+    return jnp.stack([jnp.asarray(side) for side in sides], axis=-1)
 
 
 def summed(inputs: dict[str, Any], name: str, by: str | None = None) -> np.ndarray:

@@ -265,7 +265,7 @@ def _can_modify(setting: str, objective: Objective) -> bool:
 
 def _kinds(terms: tuple[Term, ...]) -> tuple[Kind, ...]:
     """The kinds of examples that terms take; sft takes the chosen one of a pair."""
-    kinds = {term.objective.kind: None for term in terms}
+    kinds: dict[Kind, None] = {term.objective.kind: None for term in terms}
     if "pair" in kinds:
         kinds = {t.objective.kind: None for t in terms if t.name != "sft"}
     return tuple(kinds)
