@@ -61,15 +61,6 @@ def test_completions_that_tie_are_not_compared():
     assert np.all(np.abs(ranked.plackett_luce(tied).loss) < 1e-6)
 
 
-def test_a_ranking_with_a_tie_below_counts_each_of_its_members_once():
-    """r = 0.4 over 0.1 and -0.3 that tie: the first against all three, and no more."""
-    log_ratio = jnp.asarray([[4.0, 1.0, -3.0]])
-    three = Scores(log_ratio, 0 * log_ratio, jnp.full((1, 3), 5))
-    loss = ranked.plackett_luce(three._replace(score=jnp.asarray([[2.0, 1.0, 1.0]])))
-    wanted = -jax.nn.log_softmax(0.1 * log_ratio)[0, 0]
-    np.testing.assert_allclose(loss.loss, [wanted], rtol=1e-6)
-
-
 @pytest.mark.parametrize("loss", ["plackett_luce", "infonca", "nca", "exo", "sppo"])
 def test_a_shorter_list_is_a_list_without_what_is_absent(loss: str):
     shape = SIZE, 1
