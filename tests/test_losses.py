@@ -43,7 +43,7 @@ def check(case: Case) -> None:
     running = () if case.running is None else (case.running,)
     function = OBJECTIVES[case.name].function
     outcome = function(*case.scores, *running, **case.settings)
-    got = (outcome.loss, *outcome.rewards)
+    got: tuple[Any, ...] = (outcome.loss, *outcome.rewards)
     wanted = (case.loss, *case.rewards)
     if case.token_loss is None:
         assert outcome.token_loss is None

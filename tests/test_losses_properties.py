@@ -50,9 +50,8 @@ def candidates(name: str, policy: Any, reference: Any, length: Any) -> Scores:
         "log_sum_squares": np.float32(-0.5) * length,
         "token_kl": np.float32(0.25) * length,
     }
-    return Scores(
-        **{k: np.asarray(v, np.float32) for k, v in arrays.items()}, length=length
-    )
+    given: dict[str, Any] = {k: v.astype(np.float32) for k, v in arrays.items()}
+    return Scores(**given | {"length": length})
 
 
 def draw(name: str, seed: int = 0, length: Any = None) -> Scores:
@@ -113,8 +112,8 @@ def test_losses_rewards_and_gradients_are_finite_at_every_log_probability(name: 
     grid = np.random.default_rng(0).permutation(grid)
     for batch in np.resize(grid, (14, 6, 2 * count)):
         for length in (1, 8192, np.resize([1, 8192], count)):
-            scores = candidates(name, *np.split(batch, 2, axis=1), length)
-            got = evaluate(name, scores)
+            policy, reference = np.split(batch, 2, axis=1)
+            got = evaluate(name, candidates(name, policy, reference, length))
             assert got.losses.dtype == got.grads.dtype == jnp.float32
             assert all(np.all(np.isfinite(array)) for array in jax.tree.leaves(got))
 
@@ -250,12 +249,13 @@ def with_absent(scores: Scores, junk: Any) -> Scores:
     absent[[1, 4]] = True
     if absent.shape[-1] == 3:
         absent[2, 1] = True
-    fields = {
+    fields: dict[str, Any] = {
         name: np.where(absent, np.float32(junk), array)
         for name, array in scores._asdict().items()
-        if name != "length"
     }
-    return Scores(**fields, length=np.where(absent, 0, scores.length))
+    return Scores(**fields)._replace(
+        length=np.where(absent, 0, scores.length).astype(np.int32)
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

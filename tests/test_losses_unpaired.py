@@ -159,10 +159,10 @@ def test_kto_logs_its_reference_point():
 def test_the_running_mean_of_bco_counts_every_reward_once():
     """Rewards 0.15 and -0.2, then 0.3 beside an absent one: mean 0.25 / 3."""
     first = judged.update_mean(judged.initial_mean(), JUDGED, beta=0.1)
-    np.testing.assert_allclose(first, (-0.025, 2), atol=1e-7)
+    np.testing.assert_allclose(tuple(first), (-0.025, 2), atol=1e-7)
     more = scores([3.0, 50.0], [0.0, 0.0], [6, 0], score=[1.0, 1.0])
     second = judged.update_mean(first, more, beta=0.1)
-    np.testing.assert_allclose(second, (0.25 / 3, 3), atol=1e-7)
+    np.testing.assert_allclose(tuple(second), (0.25 / 3, 3), atol=1e-7)
     logged = judged.bco(JUDGED, second, beta=0.1).logged
     assert logged is not None and logged["delta"] == second.mean
 

@@ -24,7 +24,7 @@ def nca_pair(chosen: Scores, rejected: Scores, *, beta: float = 0.01) -> Outcome
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Chen et al., Noise Contrastive Alignment, 2024, arXiv:2402.05369, section 4.
+      Chen et al., Noise Contrastive Alignment, 2024, arXiv:2402.05369.
     """
     good, bad = beta * chosen.log_ratio, beta * rejected.log_ratio
     noise = (log_sigmoid(-good) + log_sigmoid(-bad)) / 2
@@ -46,7 +46,7 @@ def bco_pair(chosen: Scores, rejected: Scores, *, beta: float = 0.01) -> Outcome
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Jung et al., Binary Classifier Optimization, 2024, arXiv:2404.04656, section 4.
+      Jung et al., Binary Classifier Optimization, 2024, arXiv:2404.04656.
     """
     good, bad = beta * chosen.log_ratio, beta * rejected.log_ratio
     return Outcome(-log_sigmoid(good) - log_sigmoid(-bad), (good, bad))
@@ -89,7 +89,7 @@ def apo_zero(chosen: Scores, rejected: Scores, *, beta: float = 0.1) -> Outcome:
 
     References:
       D'Oosterlinck et al., Anchored Preference Optimization, 2024, arXiv:2408.06266,
-      section 4.
+      eq. 7.
     """
     good, bad = beta * chosen.log_ratio, beta * rejected.log_ratio
     return Outcome(sigmoid(-good) + sigmoid(bad), (good, bad))
@@ -111,7 +111,7 @@ def apo_down(chosen: Scores, rejected: Scores, *, beta: float = 0.1) -> Outcome:
 
     References:
       D'Oosterlinck et al., Anchored Preference Optimization, 2024, arXiv:2408.06266,
-      section 4.
+      eq. 8.
     """
     good, bad = beta * chosen.log_ratio, beta * rejected.log_ratio
     return Outcome(sigmoid(good) + sigmoid(bad - good), (good, bad))
@@ -134,7 +134,7 @@ def cal_dpo(chosen: Scores, rejected: Scores, *, beta: float = 2e-3) -> Outcome:
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Xiao et al., Cal-DPO, 2024, arXiv:2412.14516, section 4.
+      Xiao et al., Cal-DPO, 2024, arXiv:2412.14516, and the authors' code.
     """
     target = 1 / (2 * beta)
     up, down = chosen.log_ratio, rejected.log_ratio

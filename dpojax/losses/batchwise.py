@@ -39,7 +39,7 @@ def aot(
       policy's gap of its quantile comes from.
 
     References:
-      Melnyk et al., Distributional Preference Alignment, 2024, arXiv:2406.05882, eq. 4.
+      Melnyk et al., Distributional Preference Alignment, 2024, arXiv:2406.05882.
     """
     difference = chosen.log_ratio - rejected.log_ratio  # which asks for the reference
     policy = chosen.policy - rejected.policy
@@ -72,7 +72,7 @@ def aot_unpaired(
       reward of its quantile comes from.
 
     References:
-      Melnyk et al., Distributional Preference Alignment, 2024, arXiv:2406.05882, eq. 7.
+      Melnyk et al., Distributional Preference Alignment, 2024, arXiv:2406.05882.
     """
     up, down = chosen.log_ratio, rejected.log_ratio
     loss = _transport(up, down, chosen.present, beta, label_smoothing)
@@ -144,7 +144,7 @@ def beta_dpo(
       the pairs drawn. ``beta`` is logged.
 
     References:
-      Wu et al., beta-DPO, 2024, arXiv:2407.08639, eq. 6 to 9.
+      Wu et al., beta-DPO, 2024, arXiv:2407.08639, and the authors' code.
     """
     log_ratios = chosen.log_ratio, rejected.log_ratio
     difference = log_ratios[0] - log_ratios[1]

@@ -34,14 +34,14 @@ def kto(
       mismatched: another prompt's completion after this one's prompt, likewise.
       beta: strength of the KL constraint, per nat; 0.1 in the paper.
       desirable_weight: the paper's lambda_D.
-      undesirable_weight: lambda_U. By the paper's eq. 9, ``lambda_D n_D / (lambda_U
+      undesirable_weight: lambda_U. By the paper's eq. 8, ``lambda_D n_D / (lambda_U
         n_U)`` should be in [1, 3/2], n the numbers of desirable and undesirable ones.
 
     Returns:
       Loss and implicit reward, each ``[*batch]``; ``kl``, which is z0, is logged.
 
     References:
-      Ethayarajh et al., KTO, 2024, arXiv:2402.01306, eq. 8.
+      Ethayarajh et al., KTO, 2024, arXiv:2402.01306, eq. 7.
     """
     reward = beta * completion.log_ratio
     log_ratio = jax.lax.stop_gradient(mismatched.log_ratio)
@@ -65,7 +65,7 @@ def apo_zero_unpaired(completion: Scores, *, beta: float = 0.1) -> Outcome:
 
     References:
       D'Oosterlinck et al., Anchored Preference Optimization, 2024, arXiv:2408.06266,
-      section 4.
+      eq. 7.
     """
     reward = beta * completion.log_ratio
     return Outcome(_by_label(completion, sigmoid(-reward), sigmoid(reward)), (reward,))
@@ -116,7 +116,7 @@ def bco(completion: Scores, running: RunningMean, *, beta: float = 0.01) -> Outc
       Loss and implicit reward, each ``[*batch]``; ``delta`` is logged.
 
     References:
-      Jung et al., Binary Classifier Optimization, 2024, arXiv:2404.04656, eq. 10.
+      Jung et al., Binary Classifier Optimization, 2024, arXiv:2404.04656.
     """
     reward = beta * completion.log_ratio
     shifted = reward - running.mean

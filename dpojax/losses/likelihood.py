@@ -41,7 +41,7 @@ def npo(completion: Scores, *, beta: float = 0.1) -> Outcome:
       Loss and implicit reward, each ``[*batch]``.
 
     References:
-      Zhang et al., Negative Preference Optimization, 2024, arXiv:2404.05868, eq. 3.
+      Zhang et al., Negative Preference Optimization, 2024, arXiv:2404.05868.
     """
     reward = beta * completion.log_ratio
     return Outcome(-2 / beta * log_sigmoid(-reward), (reward,))
@@ -55,13 +55,13 @@ def simnpo(completion: Scores, *, beta: float = 2.5, gamma: float = 0.0) -> Outc
     Args:
       completion: the completions to forget; each ``[*batch]``.
       beta: scale of the averaged log-probability; 2.5 to 4.5 in the paper's TOFU runs.
-      gamma: margin; 0 in the paper's runs.
+      gamma: margin; 0 in the paper's runs. The authors' code has beta times it.
 
     Returns:
       Loss and reward ``beta / n log pi``, each ``[*batch]``.
 
     References:
-      Fan et al., Simplicity Prevails, 2024, arXiv:2410.07163, eq. 4.
+      Fan et al., Simplicity Prevails, 2024, arXiv:2410.07163.
     """
     reward = beta * completion.average
     return Outcome(-2 / beta * log_sigmoid(-reward - gamma), (reward,))

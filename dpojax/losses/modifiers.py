@@ -42,7 +42,7 @@ def f_divergence(
       Scores whose log-ratio is the new one.
 
     References:
-      Wang et al., Beyond Reverse KL, 2023, arXiv:2309.16240, table 1 and eq. 12.
+      Wang et al., Beyond Reverse KL, 2023, arXiv:2309.16240, table 1.
     """
     log_u = scores.log_ratio
 
@@ -73,7 +73,7 @@ def desensitize(scores: Scores, *, ld_alpha: float) -> Scores:
       ld_alpha: weight of the rest, in [0, 1].
 
     References:
-      Liu et al., LD-DPO, 2024, arXiv:2409.06411, eq. 10.
+      Liu et al., LD-DPO, 2024, arXiv:2409.06411.
     """
 
     def weigh(whole: Array, prefix: Array | None) -> Array:
@@ -103,7 +103,7 @@ def pair_weight(
       weighting: which of the two.
 
     References:
-      Zhou et al., WPO, 2024, arXiv:2406.11827, eq. 5 and section 3.2.
+      Zhou et al., WPO, 2024, arXiv:2406.11827, eq. 2.
     """
 
     def log_weight(scores: Scores) -> Array:
@@ -139,7 +139,7 @@ def f_dpo(
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Wang et al., Beyond Reverse KL, 2023, arXiv:2309.16240, eq. 12.
+      Wang et al., Beyond Reverse KL, 2023, arXiv:2309.16240.
     """
     modified = (
         f_divergence(scores, divergence=divergence, divergence_alpha=divergence_alpha)
@@ -167,7 +167,7 @@ def ld_dpo(
       Loss and implicit rewards of the weighted sums, each ``[*batch]``.
 
     References:
-      Liu et al., LD-DPO, 2024, arXiv:2409.06411, eq. 11.
+      Liu et al., LD-DPO, 2024, arXiv:2409.06411.
     """
     chosen = desensitize(chosen, ld_alpha=ld_alpha)
     return dpo(chosen, desensitize(rejected, ld_alpha=ld_alpha), beta=beta)
@@ -194,7 +194,7 @@ def wpo(
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Zhou et al., WPO, 2024, arXiv:2406.11827, eq. 4.
+      Zhou et al., WPO, 2024, arXiv:2406.11827.
     """
     plain = dpo(chosen, rejected, beta=beta)
     weight = pair_weight(chosen, rejected, weighting=weighting)

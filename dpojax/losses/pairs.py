@@ -62,7 +62,7 @@ def step_dpo(chosen: Scores, rejected: Scores, *, beta: float = 0.4) -> Outcome:
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Lai et al., Step-DPO, 2024, arXiv:2406.18629, eq. 2.
+      Lai et al., Step-DPO, 2024, arXiv:2406.18629.
     """
     return dpo(chosen, rejected, beta=beta)
 
@@ -90,7 +90,7 @@ def robust_dpo(
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Chowdhury et al., Provably Robust DPO, 2024, arXiv:2403.00409, eq. 12.
+      Chowdhury et al., Provably Robust DPO, 2024, arXiv:2403.00409.
     """
     rewards = _rewards(chosen, rejected, beta)
     margin = rewards[0] - rewards[1]
@@ -142,7 +142,7 @@ def hinge(chosen: Scores, rejected: Scores, *, beta: float = 0.05) -> Outcome:
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Liu et al., Statistical Rejection Sampling (RSO), 2023, arXiv:2309.06657, eq. 10.
+      Liu et al., Statistical Rejection Sampling (RSO), 2023, arXiv:2309.06657.
     """
     rewards = _rewards(chosen, rejected, beta)
     return Outcome(jax.nn.relu(1 - (rewards[0] - rewards[1])), rewards)
@@ -223,7 +223,7 @@ def dpo_norm(chosen: Scores, rejected: Scores, *, beta: float = 5.0) -> Outcome:
       Loss and implicit rewards (of sums, as TRL's sigmoid_norm), each ``[*batch]``.
 
     References:
-      Lambert et al., Tulu 3, 2024, arXiv:2411.15124, eq. 6.
+      Lambert et al., Tulu 3, 2024, arXiv:2411.15124.
     """
     margin = beta * (chosen.average_log_ratio - rejected.average_log_ratio)
     return Outcome(-log_sigmoid(margin), _rewards(chosen, rejected, beta))
@@ -241,13 +241,14 @@ def r_dpo(
       chosen: the preferred completions, with reference; each ``[*batch]``.
       rejected: the others, likewise.
       beta: strength of the KL constraint, per nat.
-      alpha: reward per token; 0.05 is the least of SimPO's grid for this loss.
+      alpha: reward per token; 0.05 is the least of SimPO's grid for this loss, and the
+        paper tries 0.005 and 0.01 for HH, 0.2 and 0.5 for TL;DR.
 
     Returns:
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Park et al., Disentangling Length from Quality, 2024, arXiv:2403.19159, eq. 9.
+      Park et al., Disentangling Length from Quality, 2024, arXiv:2403.19159.
     """
     rewards = _rewards(chosen, rejected, beta)
     explained = alpha * (chosen.length - rejected.length)
@@ -273,7 +274,7 @@ def odpo(
 
     References:
       Amini et al., Direct Preference Optimization with an Offset, 2024,
-      arXiv:2402.10571, eq. 9.
+      arXiv:2402.10571.
     """
     rewards = _rewards(chosen, rejected, beta)
     difference = chosen.rating - rejected.rating
@@ -300,7 +301,7 @@ def dpop(
 
     References:
       Pal et al., Smaug: Fixing Failure Modes with DPO-Positive, 2024,
-      arXiv:2402.13228, eq. 3.
+      arXiv:2402.13228.
     """
     rewards = _rewards(chosen, rejected, beta)
     fallen = beta * penalty * jax.nn.relu(-chosen.log_ratio)
@@ -323,7 +324,7 @@ def tdpo1(chosen: Scores, rejected: Scores, *, beta: float = 0.1) -> Outcome:
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Zeng et al., Token-level DPO, 2024, arXiv:2404.11999, eq. 15.
+      Zeng et al., Token-level DPO, 2024, arXiv:2404.11999.
     """
     rewards = _rewards(chosen, rejected, beta)
     difference = beta * (_token_kl(rejected) - _token_kl(chosen))
@@ -347,7 +348,7 @@ def tdpo2(
       Loss and implicit rewards, each ``[*batch]``.
 
     References:
-      Zeng et al., Token-level DPO, 2024, arXiv:2404.11999, eq. 17.
+      Zeng et al., Token-level DPO, 2024, arXiv:2404.11999.
     """
     rewards = _rewards(chosen, rejected, beta)
     constant = jax.lax.stop_gradient(_token_kl(chosen))

@@ -31,7 +31,7 @@ def plackett_luce(candidates: Scores, *, beta: float = 0.1) -> Outcome:
 
     References:
       Rafailov et al., Direct Preference Optimization, 2023, arXiv:2305.18290,
-      appendix A.3, eq. 20.
+      appendix A.3.
     """
     reward = beta * candidates.log_ratio
     score, present = candidates.rating, candidates.present
@@ -57,7 +57,7 @@ def infonca(candidates: Scores, *, beta: float = 0.01, alpha: float = 0.01) -> O
       Loss ``[*batch]`` and implicit rewards.
 
     References:
-      Chen et al., Noise Contrastive Alignment, 2024, arXiv:2402.05369, eq. 9.
+      Chen et al., Noise Contrastive Alignment, 2024, arXiv:2402.05369.
     """
     reward, target = beta * candidates.log_ratio, _target(candidates, alpha)
     loss = -target * log_softmax(_masked(reward, candidates))
@@ -78,7 +78,7 @@ def nca(candidates: Scores, *, beta: float = 0.01, alpha: float = 0.01) -> Outco
       Loss ``[*batch]`` and implicit rewards.
 
     References:
-      Chen et al., Noise Contrastive Alignment, 2024, arXiv:2402.05369, eq. 12.
+      Chen et al., Noise Contrastive Alignment, 2024, arXiv:2402.05369.
     """
     reward, target = beta * candidates.log_ratio, _target(candidates, alpha)
     present = candidates.present
@@ -102,8 +102,7 @@ def exo(candidates: Scores, *, beta: float = 0.1, alpha: float = 0.1) -> Outcome
       Loss ``[*batch]`` and implicit rewards.
 
     References:
-      Ji et al., Towards Efficient Exact Optimization (EXO), 2024, arXiv:2402.00856,
-      eq. 13.
+      Ji et al., Towards Efficient Exact Optimization (EXO), 2024, arXiv:2402.00856.
     """
     reward = beta * candidates.log_ratio
     log_p = log_softmax(_masked(reward, candidates))
@@ -116,7 +115,8 @@ def sppo(candidates: Scores, *, beta: float = 1e-3) -> Outcome:
     """Self-Play Preference Optimization: log-ratios regress on win probabilities.
 
     ``sum_k (d_k - (P_k - 1/2) / beta)^2``, where P is the probability, in [0, 1], that
-    the completion beats one of the policy of the last iteration.
+    the completion beats one of the policy of the last iteration. The authors' code
+    halves the sum.
 
     Args:
       candidates: with reference, and P as score; each ``[*batch, completions]``.
@@ -126,7 +126,7 @@ def sppo(candidates: Scores, *, beta: float = 1e-3) -> Outcome:
       Loss ``[*batch]`` and implicit rewards ``beta d``.
 
     References:
-      Wu et al., Self-Play Preference Optimization, 2024, arXiv:2405.00675, eq. 3.6.
+      Wu et al., Self-Play Preference Optimization, 2024, arXiv:2405.00675, eq. 4.7.
     """
     log_ratio = candidates.log_ratio
     loss = (log_ratio - (candidates.rating - 0.5) / beta) ** 2

@@ -37,7 +37,7 @@ def simpo(
       Loss and rewards ``beta log pi / n``, each ``[*batch]``.
 
     References:
-      Meng et al., SimPO, 2024, arXiv:2405.14734, eq. 6.
+      Meng et al., SimPO, 2024, arXiv:2405.14734.
     """
     good, bad = beta * chosen.average, beta * rejected.average
     margin = good - bad - gamma_beta_ratio * beta
@@ -68,7 +68,7 @@ def cpo(
       Loss, rewards ``beta log pi`` and token loss, each ``[*batch]``.
 
     References:
-      Xu et al., Contrastive Preference Optimization, 2024, arXiv:2401.08417, eq. 5.
+      Xu et al., Contrastive Preference Optimization, 2024, arXiv:2401.08417, eq. 3.
     """
     good, bad = beta * chosen.policy, beta * rejected.policy
     loss = smoothed_loss(good - bad, label_smoothing)
@@ -126,7 +126,7 @@ def alphapo(
       Loss and rewards, each ``[*batch]``.
 
     References:
-      Gupta et al., AlphaPO, 2025, arXiv:2501.03884, eq. 8.
+      Gupta et al., AlphaPO, 2025, arXiv:2501.03884, and its table 3.
     """
 
     def reward(scores: Scores) -> Array:
@@ -154,7 +154,7 @@ def orpo(chosen: Scores, rejected: Scores, *, beta: float = 0.1) -> Outcome:
       Loss, rewards ``beta log p`` and token loss, each ``[*batch]``.
 
     References:
-      Hong et al., ORPO, 2024, arXiv:2403.07691, eq. 6 and 7.
+      Hong et al., ORPO, 2024, arXiv:2403.07691, eq. 4 and 7.
     """
     good, bad = chosen.average, rejected.average
     log_odds = good - bad - (log1mexp(good) - log1mexp(bad))
@@ -180,7 +180,8 @@ def slic_hf(
       Loss and rewards ``log pi``, each ``[*batch]``.
 
     References:
-      Zhao et al., SLiC-HF, 2023, arXiv:2305.10425, eq. 1.
+      Zhao et al., SLiC-HF, 2023, arXiv:2305.10425; as in table 3
+      of Meng et al., SimPO, 2024, arXiv:2405.14734.
     """
     rank = jax.nn.relu(delta - chosen.policy + rejected.policy)
     rewards = chosen.policy, rejected.policy
@@ -201,7 +202,9 @@ def rrhf(chosen: Scores, rejected: Scores, *, alpha: float = 1.0) -> Outcome:
       Loss and rewards ``log pi / n``, each ``[*batch]``.
 
     References:
-      Yuan et al., RRHF, 2023, arXiv:2304.05302, eq. 2 to 4.
+      Yuan et al., RRHF, 2023, arXiv:2304.05302; as in table 3 of Meng et al.,
+      SimPO, 2024, arXiv:2405.14734. The authors' code averages the
+      likelihood over tokens.
     """
     rewards = chosen.average, rejected.average
     rank = jax.nn.relu(rewards[1] - rewards[0])
@@ -224,7 +227,7 @@ def unlikelihood(chosen: Scores, rejected: Scores, *, alpha: float = 0.1) -> Out
 
     References:
       Rafailov et al., Direct Preference Optimization, 2023, arXiv:2305.18290,
-      section 6 and appendix C.
+      section 6 and appendix C.3.
     """
     rewards = chosen.policy, rejected.policy
     return Outcome(alpha * rejected.policy - chosen.policy, rewards)

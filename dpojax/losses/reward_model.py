@@ -31,8 +31,8 @@ def bradley_terry(
 
     References:
       Ouyang et al., InstructGPT, 2022, arXiv:2203.02155, eq. 1; Touvron et al.,
-      Llama 2, 2023, arXiv:2307.09288, eq. 2 (margin); Eisenstein et al., Helping or
-      Herding?, 2023, arXiv:2312.09244, section 3 (centring).
+      Llama 2, 2023, arXiv:2307.09288 (margin); Eisenstein et al., Helping or
+      Herding?, 2023, arXiv:2312.09244, eq. 2 (centring).
     """
     good, bad = chosen.policy, rejected.policy
     margin = good - bad
