@@ -19,8 +19,8 @@ from dpojax.log_probs import (
     sum_completions,
     token_log_probs,
 )
+from dpojax.losses.objective import Need
 from dpojax.losses.scores import Scores
-from dpojax.losses.table import Need
 from dpojax.rewards import completion_rewards
 
 Params = Any

@@ -1,7 +1,8 @@
 """The table of objectives as text: what `dpojax losses` prints and the README holds."""
 
 from dpojax.losses.make import MODIFIERS, Setting, defaults_of
-from dpojax.losses.table import MIXTURES, OBJECTIVES, Objective
+from dpojax.losses.objective import Objective
+from dpojax.losses.table import MIXTURES, OBJECTIVES
 
 HEADER = (
     "loss",

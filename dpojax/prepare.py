@@ -13,7 +13,8 @@ from dpojax.data.packing import Example
 from dpojax.data.records import load_records
 from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
 from dpojax.losses.make import Loss, make_loss, split_terms
-from dpojax.losses.table import OBJECTIVES, Objective
+from dpojax.losses.objective import Objective
+from dpojax.losses.table import OBJECTIVES
 from dpojax.progress import say
 from dpojax.reference import Movement, bema, tr_dpo
 from dpojax.user_code import load_names
@@ -117,7 +118,7 @@ def balance_advice(loss: Loss, examples: Sequence[Example]) -> str | None:
     """What to change where KTO's weighted classes are out of the paper's bounds.
 
     References:
-      Ethayarajh et al., KTO, 2024, arXiv:2402.01306, eq. 9.
+      Ethayarajh et al., KTO, 2024, arXiv:2402.01306, eq. 8.
     """
     for term in loss.terms:
         if "desirable_weight" in term.settings:

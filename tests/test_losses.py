@@ -257,6 +257,7 @@ CASES = [
         "margin 3 - 1.5 of the scores: -ls(3.5 - 1.5) = log(1 + e^-2)",
         (scores(1.5, None, score=3.0), scores(-2.0, None, score=1.5)),
         *(0.126928, (1.5, -2.0)),
+        settings={"margin_scale": 1.0},
     ),
 ]
 

@@ -18,6 +18,7 @@ from dpojax.losses import (
     pairs,
     ranked,
     reference_free,
+    token_level,
 )
 from dpojax.losses.scores import Outcome, Scores
 
@@ -129,8 +130,8 @@ def test_dpo_is_what_is_left_of_its_relatives():
     ]
     same(modifiers.ld_dpo(*prefixed, beta=0.1, ld_alpha=1.0), plain)
     equal = [one._replace(token_kl=jnp.linspace(0, 7, SIZE)) for one in (W, L)]
-    same(pairs.tdpo1(*equal, beta=0.1), plain)
-    same(pairs.tdpo2(*equal, beta=0.1, alpha=0.7), plain)
+    same(token_level.tdpo1(*equal, beta=0.1), plain)
+    same(token_level.tdpo2(*equal, beta=0.1, alpha=0.7), plain)
     same(modifiers.f_dpo(W, L, beta=0.1, divergence="reverse_kl"), plain)
     weightless = [one._replace(log_sum_squares=one.policy) for one in (W, L)]
     same(modifiers.wpo(*weightless, beta=0.1), plain)
@@ -147,15 +148,15 @@ def test_dpo_is_what_is_left_of_its_relatives():
 def test_tdpo1_is_tdpo2_that_holds_the_chosen_kl_constant():
     kls = jnp.linspace(0.0, 7.0, SIZE), jnp.linspace(3.0, 1.0, SIZE)
     good, bad = W._replace(token_kl=kls[0]), L._replace(token_kl=kls[1])
-    same(pairs.tdpo1(good, bad), pairs.tdpo2(good, bad, alpha=1.0))
+    same(token_level.tdpo1(good, bad), token_level.tdpo2(good, bad, alpha=1.0))
 
     def gradient(loss: Any, **settings: float) -> jax.Array:
         return jax.grad(
             lambda kl: jnp.sum(loss(good._replace(token_kl=kl), bad, **settings).loss)
         )(kls[0])
 
-    assert np.all(gradient(pairs.tdpo1) < 0)
-    assert np.all(gradient(pairs.tdpo2, alpha=1.0) == 0)
+    assert np.all(gradient(token_level.tdpo1) < 0)
+    assert np.all(gradient(token_level.tdpo2, alpha=1.0) == 0)
 
 
 @pytest.mark.parametrize("alpha", [1 - 1e-3, 1.0, 1 + 1e-3])

@@ -235,7 +235,8 @@ def test_reward_models_equal_trl(oracle: Oracle):
         if hyper["margin"] is not None:
             score = two([hyper["margin"]], [[0.0] * len(hyper["margin"])])
         center = hyper["center_rewards_coefficient"] or 0.0
-        loss = make_loss("bradley_terry", center=center)
+        scale = 0.0 if score is None else 1.0
+        loss = make_loss("bradley_terry", center=center, margin_scale=scale)
         got = row(evaluate(loss, given(rewards, score=score)), 0)
         grads = np.split(np.array(case["grad_rewards"]), 2)
         sides = ("grad_chosen_logps", "grad_rejected_logps")

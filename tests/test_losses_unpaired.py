@@ -12,7 +12,8 @@ import pytest
 from test_losses import BETA, CASES, REWARDS, Case, L, W, check, scores
 
 from dpojax.losses import batchwise, judged
-from dpojax.losses.table import OBJECTIVES, Running
+from dpojax.losses.objective import Running
+from dpojax.losses.table import OBJECTIVES
 
 
 def running_margin(mean: float) -> batchwise.RunningMargin:

@@ -15,9 +15,10 @@ from dpojax.losses.make import (
     make_loss,
     split_terms,
 )
+from dpojax.losses.objective import Objective
 from dpojax.losses.pairs import dpo
 from dpojax.losses.scores import Outcome, Scores
-from dpojax.losses.table import MIXTURES, OBJECTIVES, Objective
+from dpojax.losses.table import MIXTURES, OBJECTIVES
 
 # Two pairs, of log-ratios (1.5, -2) and (-1, -4).
 PAIRS = Scores(

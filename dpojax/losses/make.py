@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 
 from dpojax.losses.limits import check_setting
 from dpojax.losses.modifiers import desensitize, f_divergence, pair_weight
+from dpojax.losses.objective import Kind, Need, Objective
 from dpojax.losses.scores import Outcome, Scores
-from dpojax.losses.table import MIXTURES, OBJECTIVES, Kind, Need, Objective
+from dpojax.losses.table import MIXTURES, OBJECTIVES
 
 Setting = float | bool | str
 # Settings that change what a loss of pairs sees, whether or not it has them itself.

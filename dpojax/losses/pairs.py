@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
-from dpojax.losses.scores import Outcome, Scores, given
+from dpojax.losses.scores import Outcome, Scores
 
 
 def dpo(
@@ -308,54 +308,6 @@ def dpop(
     return Outcome(-log_sigmoid(rewards[0] - rewards[1] - fallen), rewards)
 
 
-def tdpo1(chosen: Scores, rejected: Scores, *, beta: float = 0.1) -> Outcome:
-    """Token-level DPO: the margin less the difference of the token-wise KLs.
-
-    ``-log sigmoid(beta (d_chosen - d_rejected - (K_rejected - K_chosen)))``, where K is
-    the sum over a completion's tokens of KL(reference || policy), all of which carries
-    a gradient.
-
-    Args:
-      chosen: the preferred completions, with reference and token_kl; ``[*batch]``.
-      rejected: the others, likewise.
-      beta: strength of the KL constraint, per nat; 0.1 in the paper.
-
-    Returns:
-      Loss and implicit rewards, each ``[*batch]``.
-
-    References:
-      Zeng et al., Token-level DPO, 2024, arXiv:2404.11999.
-    """
-    rewards = _rewards(chosen, rejected, beta)
-    difference = beta * (_token_kl(rejected) - _token_kl(chosen))
-    return Outcome(-log_sigmoid(rewards[0] - rewards[1] - difference), rewards)
-
-
-def tdpo2(
-    chosen: Scores, rejected: Scores, *, beta: float = 0.1, alpha: float = 0.5
-) -> Outcome:
-    """Token-level DPO, second form: the chosen one's KL is a constant.
-
-    ``-log sigmoid(beta (d_chosen - d_rejected - alpha (K_rejected - sg(K_chosen))))``.
-
-    Args:
-      chosen: the preferred completions, with reference and token_kl; ``[*batch]``.
-      rejected: the others, likewise.
-      beta: strength of the KL constraint, per nat; 0.1 in the paper.
-      alpha: weight of the KL difference; 0.5 in the paper.
-
-    Returns:
-      Loss and implicit rewards, each ``[*batch]``.
-
-    References:
-      Zeng et al., Token-level DPO, 2024, arXiv:2404.11999.
-    """
-    rewards = _rewards(chosen, rejected, beta)
-    constant = jax.lax.stop_gradient(_token_kl(chosen))
-    difference = alpha * beta * (_token_kl(rejected) - constant)
-    return Outcome(-log_sigmoid(rewards[0] - rewards[1] - difference), rewards)
-
-
 def smoothed_loss(
     margin: Float[Array, "*batch"], label_smoothing: float
 ) -> Float[Array, "*batch"]:
@@ -367,7 +319,3 @@ def smoothed_loss(
 
 def _rewards(chosen: Scores, rejected: Scores, beta: float) -> tuple[Array, Array]:
     return beta * chosen.log_ratio, beta * rejected.log_ratio
-
-
-def _token_kl(scores: Scores) -> Array:
-    return given(scores.token_kl, "the KL of every token to the reference")

@@ -4,9 +4,6 @@ Adding a loss is one function, one row here and one by-hand test. `make_loss` in
 `dpojax.losses.make` binds settings and mixes them.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
-
 from dpojax.losses import (
     anchored,
     batchwise,
@@ -17,45 +14,9 @@ from dpojax.losses import (
     ranked,
     reference_free,
     reward_model,
+    token_level,
 )
-from dpojax.losses.scores import Outcome
-
-# What an example is: a completion to imitate or forget; a chosen and a rejected one;
-# one with a label; K with scores.
-Kind = Literal["single", "pair", "judged", "ranked"]
-# What a loss asks for beside the policy's log-probabilities and the lengths.
-Need = Literal[
-    "reference",
-    "score",  # scores of pairs; judged and ranked examples have them by nature
-    "prefix",
-    "log_sum_squares",
-    "token_kl",
-    "mismatched",  # another prompt's completion, as a second branch
-    "reward_head",  # rewards of a scalar head instead of log-probabilities
-]
-
-
-class Running(NamedTuple):
-    """Statistics that a loss carries from step to step; they are checkpointed."""
-
-    initial: Callable[[], Any]
-    update: Callable[..., Any]  # (running, *scores, **some settings) -> running
-
-
-class Objective(NamedTuple):
-    """A loss and what a run must provide for it."""
-
-    function: Callable[..., Outcome]  # of one `Scores` per completion, or of all K
-    formula: str
-    source: str
-    kind: Kind = "pair"
-    needs: tuple[Need, ...] = ("reference",)
-    learning_rate: float = 1e-6  # default for full fine-tuning, with AdamW
-    averages: bool = False  # over the tokens of a completion
-    cancels: bool = False  # only differences of rewards count: any f-divergence may
-    batchwise: bool = False  # one example's loss depends on the others of its batch
-    running: Running | None = None
-
+from dpojax.losses.objective import Mixture, Need, Objective, Running
 
 _NONE: tuple[Need, ...] = ()
 
@@ -148,13 +109,13 @@ OBJECTIVES: dict[str, Objective] = {
         "Pal et al. 2024, arXiv:2402.13228",
     ),
     "tdpo1": Objective(
-        pairs.tdpo1,
+        token_level.tdpo1,
         "-ls(h - beta (K_l - K_w)), K = token KL(ref‖pi)",
         "Zeng et al. 2024, arXiv:2404.11999",
         needs=("reference", "token_kl"),
     ),
     "tdpo2": Objective(
-        pairs.tdpo2,
+        token_level.tdpo2,
         "-ls(h - beta alpha (K_l - sg(K_w)))",
         "Zeng et al. 2024, arXiv:2404.11999",
         needs=("reference", "token_kl"),
@@ -373,15 +334,6 @@ OBJECTIVES: dict[str, Objective] = {
         learning_rate=1e-5,
     ),
 }
-
-
-class Mixture(NamedTuple):
-    """A weighted sum of objectives that has a name."""
-
-    terms: str
-    settings: Mapping[str, Any]
-    source: str
-
 
 MIXTURES: dict[str, Mixture] = {
     "mpo": Mixture(
