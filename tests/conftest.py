@@ -15,8 +15,8 @@ _FLAGS = (
     "--xla_llvm_disable_expensive_passes=true",
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
-# Threads of XLA's pools: where devices outnumber cores, those that wait for each other in
-# a collective would otherwise take all of them, and the others never join.
+# Threads of XLA's pools: where devices outnumber cores, those that wait for each other
+# in a collective would otherwise take all of them, and the others never join.
 os.environ.setdefault("NPROC", "16")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
