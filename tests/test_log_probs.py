@@ -10,7 +10,13 @@ import pytest
 
 from dpojax.batch import Batch
 from dpojax.data.packing import Example, as_batch
-from dpojax.log_probs import completion_kl, completion_log_probs, sum_completions
+from dpojax.log_probs import (
+    completion_kl,
+    completion_log_probs,
+    completion_log_sum_squares,
+    in_shared_prefix,
+    sum_completions,
+)
 
 VOCABULARY, WIDTH, LENGTH = 50, 16, 40
 
@@ -104,6 +110,29 @@ def test_sum_completions_adds_each_position_to_its_own_completion(batch: Batch):
     per_token = jnp.broadcast_to(2.0 ** (jnp.arange(LENGTH) % 20), (3, LENGTH))
     expected = summed(np.asarray(per_token), batch)
     np.testing.assert_array_equal(sum_completions(per_token, batch), expected)
+
+
+def test_sums_of_squares_equal_those_of_a_float64_softmax(batch: Batch):
+    arrays = make_arrays(4)
+    squares = np.exp(2 * log_softmax(*arrays)).sum(axis=-1)
+    found = completion_log_sum_squares(*arrays, batch, chunk_size=8)
+    np.testing.assert_allclose(found, summed(np.log(squares), batch), rtol=1e-5)
+
+
+def test_the_shared_prefix_is_as_long_as_the_shortest_completion():
+    """Completions of 3 and 2 tokens, then of 1 and 3; an absent third one is no limit.
+
+    Of the first example's chosen completion the middle token is another speaker's: its
+    scored tokens are 2, and so are those shared.
+    """
+    ids = np.arange(2, 8, dtype=np.int32)
+    masks = np.array([True, False, True]), np.array([True, True])
+    first = Example(ids[:3], (ids[:3], ids[:2]), masks=masks)
+    second = Example(ids[:1], (ids[:1], ids[:3]))
+    batch = as_batch([[first, second]], length=12, num_slots=3, num_completions=3)
+    # prompt 2, then 3 + 2; no prompt of its own, then 1 + 3; one of padding
+    expected = [0, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0]
+    assert in_shared_prefix(batch).astype(int).tolist() == [expected]
 
 
 def test_bfloat16_hidden_states_give_float32_sums():
