@@ -58,8 +58,8 @@ RUNS |= {
     "apo_down": Setup(
         loss=LossConfig(name="apo_down"),
         learning_rate=1e-4,
-        note="lowers both rewards, for a policy better than its data; here the data are "
-        "the policy's own best samples, and faster learning leaves the language",
+        note="lowers both rewards, for a policy better than its data; here the data "
+        "are the policy's own best samples, and faster learning leaves the language",
     ),
     "bradley_terry": Setup(
         loss=LossConfig(name="bradley_terry"),
