@@ -35,7 +35,7 @@ class DataSet(NamedTuple):
 
 
 DATA = (
-    DataSet("gsm8k_test_solution_labels", ("kto", "bco"), 192, 2_000),
+    DataSet("gsm8k_test_solution_labels", ("kto", "bco"), 192, 600),
     DataSet("llamafactory_kto_en_demo", ("kto", "bco")),
     DataSet("imdb_scored_completions_odpo", ("plackett_luce", "infonca", "odpo"), 128),
     DataSet("tldr_scored_summaries_odpo_train", ("plackett_luce", "infonca", "odpo")),
