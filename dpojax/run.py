@@ -14,8 +14,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpojax import __version__, metrics
-from dpojax.checkpoint import Checkpoints, Note
+from dpojax import metrics
+from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
 from dpojax.data.loader import fingerprint, training_batches
 from dpojax.data.packing import Example, with_mismatched
@@ -40,7 +40,9 @@ from dpojax.prepare import (
 )
 from dpojax.progress import say, track
 from dpojax.reference import Movement, Params, copy_params
+from dpojax.resume import abstract, check_note, make_note
 from dpojax.run_directory import choose_directory, write_frame, write_samples
+from dpojax.run_log import drain, figures_line, summary
 from dpojax.sharding import (
     Placement,
     as_shardings,
@@ -130,7 +132,7 @@ def run(config: TrainConfig) -> Result:
 
     # -- Resume: the state first, then what depends on its step -----------------------
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
-    note = _note(config, train, num_seen)
+    note = make_note(config, fingerprint(train), num_seen)
     step = checkpoints.steps[-1] if config.resume and checkpoints.steps else 0
     if step == 0:  # only now: what was refused above leaves no directory behind
         write_frame(directory, config, loaded)
@@ -138,8 +140,8 @@ def run(config: TrainConfig) -> Result:
     last, last_at = first, -1  # the newest evaluation and its step
     if step:
         saved = checkpoints.note(step)
-        _check_note(saved, note, directory)
-        state = checkpoints.restore(step, jax.tree.map(_abstract, state))
+        check_note(saved, note, directory)
+        state = checkpoints.restore(step, jax.tree.map(abstract, state))
         last, last_at = saved["evaluation"], saved["evaluated_at"]
     if config.resume:
         say(f"Resuming {directory} at step {step}.")
@@ -177,11 +179,11 @@ def run(config: TrainConfig) -> Result:
             placement=placement,
         )
         log.write(step, "test", values)
-        say(_line(f"test  step {step}", values))
+        say(figures_line(f"test  step {step}", values))
         return values
 
     # -- Before the first step --------------------------------------------------------
-    say(_summary(config, loaded, len(train), len(test), num_steps, mesh.shape))
+    say(summary(config, loaded.params, len(train), len(test), num_steps, mesh.shape))
     if step == 0:
         first = evaluated(0)
         last, last_at = first, 0
@@ -218,7 +220,7 @@ def run(config: TrainConfig) -> Result:
                 )
             }
             if any(due.values()):
-                values = _drain(pending)
+                values = drain(pending)
                 speeds.append(tokens / (time.perf_counter() - since))
                 values |= {
                     "learning_rate": float(schedule(step - 1)),
@@ -226,9 +228,9 @@ def run(config: TrainConfig) -> Result:
                     "tokens_per_second": speeds[-1],
                 }
                 log.write(step, "train", values)
-                figures = _line("", values)
+                figures = figures_line("", values)
                 if due["log"]:
-                    say(_line(f"train step {step}", values))
+                    say(figures_line(f"train step {step}", values))
             if due["evaluate"]:
                 last, last_at = evaluated(step), step
             if due["save"]:
@@ -367,88 +369,3 @@ def _make_schedule(config: TrainConfig, loss: Loss, num_steps: int) -> Any:
         num_steps=num_steps,
         warmup_steps=math.ceil(warmup * num_steps if warmup < 1 else warmup),
     )
-
-
-def _note(config: TrainConfig, train: Sequence[Example], num_seen: int) -> Note:
-    """What must be the same for a resumed run to be the same run."""
-    return {
-        "loss": repr(config.loss),
-        "moving reference": repr(config.moving),
-        "batch_size": config.batch_size,
-        "examples_seen": num_seen,
-        "seed": config.seed,
-        "compute_dtype": config.compute_dtype,
-        "data": fingerprint(train),
-        "optimizer": repr(config.optimizer),
-        "reference": config.reference,
-        "model": config.model,
-        "version": __version__,
-    }
-
-
-def _check_note(saved: Note, note: Note, directory: Path) -> None:
-    for name, value in note.items():
-        if name != "version" and saved[name] != value:
-            raise ValueError(
-                f"{directory} cannot be resumed with another {name}: it was "
-                f"{saved[name]} and is now {value}; use its own config.py."
-            )
-
-
-def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-
-
-def _drain(pending: list[tuple[int, metrics.Sums]]) -> dict[str, float]:
-    """The means over the steps since the last call; stops at a number that is none."""
-    total: metrics.Sums | None = None
-    for step, sums in pending:
-        values = metrics.summarize({name: sums[name] for name in ("loss", "grad_norm")})
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise FloatingPointError(
-                    f"The {name} of step {step} is {values[name]}; the run stops here. "
-                    "Its last checkpoint is from before this step."
-                )
-        total = sums if total is None else metrics.add(total, sums)
-    pending.clear()
-    assert total is not None
-    return metrics.summarize(total)
-
-
-def _summary(
-    config: TrainConfig,
-    loaded: Loaded,
-    num_train: int,
-    num_test: int,
-    num_steps: int,
-    mesh: Any,
-) -> str:
-    count = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
-    return (
-        f"{config.loss.name} of {config.model}: {count:,} parameters, {num_train:,} "
-        f"training and {num_test:,} test examples, {num_steps:,} steps of "
-        f"{config.batch_size} "
-        f"on {jax.device_count()} {jax.default_backend()} device(s) {axes}".rstrip()
-    )
-
-
-_SHOWN = {
-    "loss": "loss",
-    "rewards/accuracies": "accuracy",
-    "rewards/margins": "margin",
-    "logratios/chosen": "chosen log-ratio",
-    "logratios/rejected": "rejected log-ratio",
-    "grad_norm": "gradient",
-    "tokens_per_second": "tokens/s",
-}
-
-
-def _line(start: str, values: dict[str, float]) -> str:
-    shown = [
-        f"{label} {values[name]:.4g}"
-        for name, label in _SHOWN.items()
-        if name in values
-    ]
-    return "  ".join([start, *shown]).strip()
