@@ -39,6 +39,7 @@ from dpojax.scoring import score
 from dpojax.sentiment import MAX_LENGTH, Task, alignment_config, make_task, sample
 from dpojax.sharding import make_mesh, make_placement
 
+FORGETS = "forgets the worst completions; learning faster, it forgets the language"
 CANDIDATES = 8  # completions of each held-out opening that a reward model chooses from
 
 
@@ -66,12 +67,16 @@ RUNS |= {
         note=f"the reward model chooses the best of {CANDIDATES} reference samples",
     ),
     "npo": Setup(
-        loss=LossConfig(name="npo"), data="worst", note="forgets the worst completions"
+        loss=LossConfig(name="npo"),
+        learning_rate=5e-5,
+        data="worst",
+        note=FORGETS,
     ),
     "simnpo": Setup(
         loss=LossConfig(name="simnpo"),
+        learning_rate=5e-5,
         data="worst",
-        note="forgets the worst completions",
+        note=FORGETS,
     ),
     "sppo": Setup(
         loss=LossConfig(name="sppo"),
