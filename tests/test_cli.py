@@ -252,7 +252,7 @@ def test_a_resumed_directory_must_hold_a_run(fail: Fail, model: Path, data: Path
 
 @pytest.mark.parametrize(
     "settings",
-    [["--test-size", "9"], ["--beta", "0.2"], ["--loss", "sft"], ["--steps", "3"]],
+    [["--test-size", "9"], ["--batch-size", "8"], ["--resume"], ["--steps", "3"]],
 )
 def test_settings_without_a_model_and_data_that_the_embedded_task_ignores(
     fail: Fail, settings: list[str]
