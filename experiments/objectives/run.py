@@ -216,6 +216,7 @@ def _best_of(task: Task, reward_model: str, writer: Any, seed: int) -> np.ndarra
             model=reward_model,
             data=str(place / "candidates.jsonl"),
             output=str(place / "scored.jsonl"),
+            max_length=MAX_LENGTH,
             batch_size=64,
         )
     )
