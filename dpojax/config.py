@@ -181,7 +181,7 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints kept, besides the one of the lowest evaluation loss."""
     sample_prompts: int = 5
-    """Held-out prompts that are continued before and after training."""
+    """Held-out prompts that are continued at each evaluation; 0: none."""
     sample_tokens: int = 64
     """Most tokens of such a sample."""
 

@@ -235,8 +235,8 @@ def test_samples_are_the_same_on_four_devices(
         temperature=0.9,
         num_samples=4,
     )
-    prompts = placement.put(pad_left(PROMPTS, 6, 4))
-    found = np.asarray(generate(params, *prompts, jax.random.key(4)))
+    tokens, is_prompt = placement.put(pad_left(PROMPTS, 6, 4))
+    found = np.asarray(generate(params, tokens, is_prompt, jax.random.key(4)))
     assert placement.num_shards == 4 and found.shape == (16, NUM_NEW)
     again = np.asarray(generate(params, *pad_left(PROMPTS, 6, 4), jax.random.key(4)))
     np.testing.assert_array_equal(found, again)
