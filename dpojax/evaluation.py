@@ -16,8 +16,8 @@ from dpojax.sharding import Placement
 from dpojax.train_step import EvalStep, Params, make_kl_step
 from dpojax.truncation import EVERY_TOKEN, Truncation
 
-# (params, prompts, seed) -> completions, those of a prompt side by side, ended by EOS if
-# by the model
+# (params, prompts, seed) -> completions, those of a prompt side by side; EOS ends what
+# the model has ended
 Sampler = Callable[[Params, Sequence[Sequence[int]], int], list[list[int]]]
 
 

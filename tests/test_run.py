@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpojax.cli import _load_experiment
-from dpojax.commands import evaluate_policy, export, generate, init
+from dpojax.commands import evaluate_policy, export, init
 from dpojax.config import (
     EvalConfig,
     ExportConfig,
@@ -31,6 +31,7 @@ from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import sample_metrics
 from dpojax.run import Result, run
 from dpojax.run_directory import write_samples
+from dpojax.sampling import generate
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +207,11 @@ def test_a_policy_evaluated_against_itself_has_no_kl(config: TrainConfig):
 def test_generation_continues_each_prompt(whole: Result):
     final = str(whole.directory / "final")
     prompts = ("On Saturday I read", "On Saturday I read a new novel")
-    texts = generate(
+    continued = generate(
         GenerateConfig(model=final, prompt=prompts, max_new_tokens=4, temperature=0.0)
     )
-    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
+    assert [one.prompt for one in continued] == list(prompts)
+    assert [len(one.completions) for one in continued] == [1, 1]
 
 
 def test_a_number_that_is_none_stops_the_run_and_names_the_step(
