@@ -50,6 +50,7 @@ def _dispatch(arguments: list[str]) -> None:
     # Imported here so that --help and a misspelt flag answer at once.
     from dpojax import commands as command
     from dpojax.run import run
+    from dpojax.sampling import generate
     from dpojax.scoring import score
     from dpojax.sentiment import run_sentiment
 
@@ -67,7 +68,7 @@ def _dispatch(arguments: list[str]) -> None:
         case InitConfig():
             command.init(config)
         case GenerateConfig():
-            command.generate(config)
+            generate(config)
         case ExportConfig():
             command.export(config)
 

@@ -1,4 +1,4 @@
-"""The commands besides train: init, eval, generate, export. Each reads its settings."""
+"""The commands init, eval, losses and export. Each reads its settings."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -9,12 +9,11 @@ from dpojax.checkpoint import Checkpoints
 from dpojax.config import (
     EvalConfig,
     ExportConfig,
-    GenerateConfig,
     InitConfig,
     LossesConfig,
 )
 from dpojax.data.packing import with_mismatched
-from dpojax.data.tokenize import Tokenizer, encode_prompt, load_tokenizer
+from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sampled_kl
 from dpojax.loading import (
     as_reward_examples,
@@ -151,31 +150,6 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
 def losses(config: LossesConfig) -> None:
     """Prints the table of objectives."""
     say(as_markdown() if config.markdown else as_lines())
-
-
-def generate(config: GenerateConfig) -> list[str]:
-    """Continues each prompt and prints what comes."""
-    if not config.prompt:
-        raise ValueError("Give at least one prompt to continue, by --prompt.")
-    mesh = make_mesh()
-    loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
-    sampler = make_sampler(
-        loaded,
-        num_new=config.max_new_tokens,
-        batch_size=len(config.prompt),
-        placement=make_placement(mesh),
-        temperature=config.temperature,
-    )
-    prompts = [encode_prompt(prompt, loaded.tokenizer) for prompt in config.prompt]
-    check_positions(loaded, max(map(len, prompts)) + config.max_new_tokens)
-    completions = sampler(loaded.params, prompts, config.seed)
-    # Decoded together: some tokenizers drop the space at the start of a text.
-    pairs = zip(prompts, completions, strict=True)
-    decode = loaded.tokenizer.decode
-    texts = [str(decode([*a, *b], skip_special_tokens=True)) for a, b in pairs]
-    for text in texts:
-        say(text)
-    return texts
 
 
 def export(config: ExportConfig) -> Path:

@@ -181,7 +181,7 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints kept, besides the one of the lowest evaluation loss."""
     sample_prompts: int = 5
-    """Held-out prompts that are continued before and after training."""
+    """Held-out prompts that are continued at each evaluation; 0: none."""
     sample_tokens: int = 64
     """Most tokens of such a sample."""
 
@@ -288,16 +288,33 @@ class GenerateConfig:
 
     model: str
     """Model directory or hub name."""
-    prompt: tuple[str, ...]
+    prompt: tuple[str, ...] = ()
     """One or more prompts."""
+    prompts_file: str | None = None
+    """Instead: JSON Lines with a prompt each, text or messages; or lines of text."""
+    output: str | None = None
+    """JSON Lines file to write, new: prompt and completions. Default: print them."""
+    num_samples: int = 1
+    """Completions of each prompt."""
     max_new_tokens: int = 128
-    """Most tokens to generate for each."""
+    """Most tokens of a completion."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Draw from this many of the most likely tokens."""
+    top_p: float | None = None
+    """Draw from the fewest most likely tokens whose probabilities add up to this."""
+    min_p: float | None = None
+    """Draw from tokens that have at least this share of the highest probability."""
+    stop: tuple[str, ...] = ()
+    """Strings; a completion ends before the earliest of them, or at EOS."""
     seed: int = 0
     """Decides the samples."""
+    batch_size: int = 16
+    """Prompts continued at one time, each with all its samples."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

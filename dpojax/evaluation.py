@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpojax import metrics
@@ -13,8 +14,10 @@ from dpojax.loading import Loaded
 from dpojax.progress import track
 from dpojax.sharding import Placement
 from dpojax.train_step import EvalStep, Params, make_kl_step
+from dpojax.truncation import EVERY_TOKEN, Truncation
 
-# (params, prompts, seed) -> one completion of each prompt, ended by EOS if by the model
+# (params, prompts, seed) -> completions, those of a prompt side by side; EOS ends what
+# the model has ended
 Sampler = Callable[[Params, Sequence[Sequence[int]], int], list[list[int]]]
 
 
@@ -45,6 +48,8 @@ def make_sampler(
     batch_size: int,
     placement: Placement,
     temperature: float = 1.0,
+    truncation: Truncation = EVERY_TOKEN,
+    num_samples: int = 1,
 ) -> Sampler:
     """Builds a function that continues any number of prompts, compiled once a length.
 
@@ -54,6 +59,8 @@ def make_sampler(
       batch_size: prompts continued at one time, rounded up to fill the devices.
       placement: how rows reach the devices.
       temperature: divides the logits; 0 takes the most likely token.
+      truncation: tokens that are too unlikely to be drawn.
+      num_samples: completions of each prompt, which share its prefill.
     """
     generate = make_generate(
         loaded.model.extend,
@@ -61,6 +68,8 @@ def make_sampler(
         eos_token=loaded.eos_token,
         num_new=num_new,
         temperature=temperature,
+        truncation=truncation,
+        num_samples=num_samples,
     )
 
     num_rows = -(-batch_size // placement.num_shards) * placement.num_shards
@@ -74,15 +83,37 @@ def make_sampler(
             for start in range(0, len(prompts), num_rows):
                 some = prompts[start : start + num_rows]
                 tokens, is_prompt = placement.put(pad_left(some, length, num_rows))
-                key = jax.random.fold_in(jax.random.key(seed), start)
+                key = jax.random.fold_in(jax.random.key(seed), start * num_samples)
                 rows = jax.device_get(generate(params, tokens, is_prompt, key))
-                completions += [
-                    trim(row, loaded.eos_token) for row in rows[: len(some)]
-                ]
+                wanted = rows[: len(some) * num_samples]
+                completions += [trim(row, loaded.eos_token) for row in wanted]
                 advance("")
         return completions
 
     return sample
+
+
+def sample_metrics(
+    completions: Sequence[Sequence[int]], eos_token: int
+) -> dict[str, float]:
+    """Length of samples in tokens, EOS included, and the share that ends by EOS.
+
+    Args:
+      completions: token ids, each up to its EOS.
+      eos_token: the end-of-sequence token.
+
+    Returns:
+      ``samples/length`` and ``samples/eos_rate``, with standard errors as ``_se``.
+    """
+    length = jnp.array([len(row) for row in completions], jnp.float32)
+    ended = jnp.array([row[-1] == eos_token for row in completions], jnp.float32)
+    every = jnp.ones(len(completions), bool)
+    return metrics.summarize(
+        {
+            "samples/length": metrics.moments(length, every),
+            "samples/eos_rate": metrics.moments(ended, every),
+        }
+    )
 
 
 def sampled_kl(

@@ -1,7 +1,8 @@
 """Jitted sampling with a key-value cache. Knows no tokenizer and no file.
 
 Prompts of different lengths are padded on the left, so that all rows of a batch write
-the same place of the cache at each step.
+the same place of the cache at each step. Several samples of a prompt share its prefill:
+the prompt is computed once, and its rows of the cache are repeated.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +14,11 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dpojax.truncation import EVERY_TOKEN, Truncation, make_choose
+
 Params = Any
-# (params, prompts, is_prompt, key) -> tokens [rows, new], the end filled with EOS
+# (params, prompts, is_prompt, key) -> tokens [rows x samples, new], samples of a prompt
+# side by side, the end filled with EOS
 Generate = Callable[[Params, ArrayLike, ArrayLike, Array], Array]
 
 
@@ -56,42 +60,43 @@ def make_generate(
     eos_token: int,
     num_new: int,
     temperature: float = 1.0,
+    truncation: Truncation = EVERY_TOKEN,
+    num_samples: int = 1,
 ) -> Generate:
     """Builds ``generate(params, prompts, is_prompt, key) -> tokens``, jitted.
 
     Args:
       extend: the model: parameters, new tokens, their positions, the example number of
         every key, cache and offset, to hidden states, output matrix and new cache.
-      empty_cache: rows and keys to a cache.
+      empty_cache: rows and keys to a cache, of arrays ``[layers, rows, ...]``.
       eos_token: ends a row; what follows it is EOS too.
       num_new: most tokens to generate.
       temperature: divides the logits; 0 takes the most likely token.
+      truncation: tokens that are too unlikely to be drawn.
+      num_samples: of each prompt.
 
     Returns:
       A function of parameters, prompts padded on the left ``[rows, length]``, their
       mask likewise, and a random key; it stops once every row has ended.
 
     Raises:
-      ValueError: if the temperature is negative or `num_new` not positive.
+      ValueError: for a temperature or truncation that cannot be; if `num_new` or
+        `num_samples` is not positive; for several samples at temperature 0.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it must not be negative.")
-    if num_new < 1:
-        raise ValueError(f"At least one token must be generated, not {num_new}.")
-
-    def choose(logits: Array, key: Array) -> Array:
-        if temperature == 0:
-            return jnp.argmax(logits, axis=-1)
-        return jax.random.categorical(key, logits / temperature)
+    choose = make_choose(temperature, truncation)
+    _check(num_new, num_samples, temperature)
 
     def generate(params: Params, prompts: Array, is_prompt: Array, key: Array) -> Array:
-        num_rows, length = prompts.shape
-        padding = jnp.sum(~is_prompt, axis=1, keepdims=True)
-        new = jnp.ones((num_rows, num_new), bool)
+        num_prompts, length = prompts.shape
+        num_rows = num_prompts * num_samples
+        new = jnp.ones((num_prompts, num_new), bool)
         example = jnp.concatenate([is_prompt, new], axis=1).astype(jnp.int32)
 
-        def advance(tokens: Array, cache: Any, offset: Array | int) -> tuple:
+        def advance(
+            tokens: Array, example: Array, cache: Any, offset: Array | int
+        ) -> tuple:
             index = offset + jnp.arange(tokens.shape[1])
+            padding = jnp.sum(example == 0, axis=1, keepdims=True)
             position = jnp.maximum(index - padding, 0)
             hidden, output, cache = extend(
                 params, tokens, position, example, cache, offset
@@ -115,16 +120,45 @@ def make_generate(
             tokens = progress.tokens.at[:, progress.step].set(chosen)
             ended = progress.ended | (chosen == eos_token)
             offset = length + progress.step
-            logits, cache = advance(chosen[:, None], progress.cache, offset)
+            tokens_now = chosen[:, None]
+            logits, cache = advance(tokens_now, of_rows, progress.cache, offset)
             return _Progress(progress.step + 1, tokens, ended, logits, cache)
 
-        logits, cache = advance(prompts, empty_cache(num_rows, length + num_new), 0)
+        cache = empty_cache(num_prompts, length + num_new)
+        logits, cache = advance(prompts, example, cache, 0)
+        logits, of_rows = (_repeat(part, num_samples, 0) for part in (logits, example))
+        cache = jax.tree.map(lambda part: _repeat(part, num_samples, 1), cache)
         tokens = jnp.full((num_rows, num_new), eos_token, jnp.int32)
         ended = jnp.zeros(num_rows, bool)
         start = _Progress(jnp.zeros((), jnp.int32), tokens, ended, logits, cache)
         return jax.lax.while_loop(unfinished, step, start).tokens
 
     return jax.jit(generate)
+
+
+def _check(num_new: int, num_samples: int, temperature: float) -> None:
+    if num_new < 1:
+        raise ValueError(f"At least one token must be generated, not {num_new}.")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be positive.")
+    if num_samples > 1 and temperature == 0:
+        raise ValueError(
+            f"At temperature 0 all {num_samples} samples of a prompt are the same; ask "
+            "for one, or give a temperature."
+        )
+
+
+def _repeat(array: Array, count: int, axis: int) -> Array:
+    """Each entry of an axis `count` times, side by side.
+
+    By broadcasting: where the axis is sharded, every device repeats what it has.
+    """
+    if count == 1:
+        return array
+    shape = array.shape
+    wide = jnp.expand_dims(array, axis + 1)
+    wide = jnp.broadcast_to(wide, (*shape[: axis + 1], count, *shape[axis + 1 :]))
+    return wide.reshape(*shape[:axis], shape[axis] * count, *shape[axis + 1 :])
 
 
 def trim(tokens: Sequence[int] | Int[np.ndarray, " new"], eos_token: int) -> list[int]:

@@ -20,7 +20,7 @@ from dpojax.config import TrainConfig
 from dpojax.data.loader import fingerprint, training_batches
 from dpojax.data.packing import Example, with_mismatched
 from dpojax.data.tokenize import Tokenizer
-from dpojax.evaluation import evaluate, make_sampler
+from dpojax.evaluation import evaluate, make_sampler, sample_metrics
 from dpojax.loading import (
     Loaded,
     as_reward_examples,
@@ -178,6 +178,7 @@ def run(config: TrainConfig) -> Result:
             batch_size=config.batch_size,
             placement=placement,
         )
+        values |= sampled(state.params, step)
         log.write(step, "test", values)
         say(figures_line(f"test  step {step}", values))
         return values
@@ -187,7 +188,6 @@ def run(config: TrainConfig) -> Result:
     if step == 0:
         first = evaluated(0)
         last, last_at = first, 0
-        sampled(state.params, 0)
 
     # -- The loop ---------------------------------------------------------------------
     pending: list[tuple[int, metrics.Sums]] = []
@@ -243,7 +243,6 @@ def run(config: TrainConfig) -> Result:
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:
-        sampled(state.params, step)
         write_model(
             directory / "final",
             state.params,
@@ -288,11 +287,11 @@ def _make_sample_writer(
     test: Sequence[Example],
     placement: Placement,
     directory: Path,
-) -> Callable[[Params, int], None]:
-    """A function that continues the same held-out prompts and writes them down."""
+) -> Callable[[Params, int], dict[str, float]]:
+    """A function that continues the same held-out prompts, writes them and measures."""
     prompts = [example.prompt.tolist() for example in test[: config.sample_prompts]]
     if not prompts or "reward_head" in loss.needs:
-        return lambda params, step: None
+        return lambda params, step: {}
     sampler = make_sampler(
         loaded,
         num_new=config.sample_tokens,
@@ -300,9 +299,10 @@ def _make_sample_writer(
         placement=placement,
     )
 
-    def sampled(params: Params, step: int) -> None:
+    def sampled(params: Params, step: int) -> dict[str, float]:
         completions = sampler(params, prompts, config.seed)
         write_samples(directory, step, prompts, completions, loaded.tokenizer)
+        return sample_metrics(completions, loaded.eos_token)
 
     return sampled
 

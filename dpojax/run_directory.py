@@ -2,7 +2,7 @@
 
     config.py       the full configuration; `dpojax train` with this file repeats it
     metrics.jsonl   one line of metrics a step that was logged
-    samples.jsonl   the same held-out prompts, continued before and after
+    samples.jsonl   the same held-out prompts, continued at each evaluation
     model/          the model without its weights; with a checkpoint it makes an export
     checkpoints/    states of training
     final/          the trained model, in Hugging Face's form
@@ -21,6 +21,7 @@ from dpojax.config import TrainConfig
 from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded, new_directory
 from dpojax.models.huggingface import write_settings
+from dpojax.whole_files import write_json_lines
 
 
 def choose_directory(config: TrainConfig) -> Path:
@@ -66,16 +67,19 @@ def write_samples(
     completions: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
 ) -> None:
-    """Adds prompts and their completions as text, in place of a step's older ones."""
+    """Adds prompts and their completions as text.
+
+    Those of this step and of later ones are replaced: a resumed run comes by again.
+    """
     path = directory / "samples.jsonl"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     complete = old.split("\n")[:-1]  # a line cut short by a crash has no end
-    lines = [line for line in complete if json.loads(line)["step"] < step]
+    rows = [row for row in map(json.loads, complete) if row["step"] < step]
 
     def text(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     for prompt, completion in zip(prompts, completions, strict=True):
         texts = {"prompt": text(prompt), "completion": text(completion)}
-        lines.append(json.dumps({"step": step} | texts))
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        rows.append({"step": step} | texts)
+    write_json_lines(path, rows)

@@ -4,10 +4,10 @@ A completion's score does not depend on what else it is compared with: prompts a
 for each completion by itself. This file knows no training.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from dpojax.progress import say, show_table, track
 from dpojax.rewards import completion_rewards
 from dpojax.sharding import Placement, make_mesh, make_placement
 from dpojax.train_step import Apply, Params
+from dpojax.whole_files import new_file, write_json_lines
 
 ScoreStep = Callable[[Params, Batch], jax.Array]
 Scored = tuple[Record, tuple[float, ...]]
@@ -42,7 +43,7 @@ Scored = tuple[Record, tuple[float, ...]]
 
 def score(config: ScoreConfig) -> Path:
     """Scores every completion of the data; of pairs, says how well they are ranked."""
-    output = _new_file(config.output)
+    output = new_file(config.output)
     if config.batch_size < 1:
         raise ValueError(f"batch_size is {config.batch_size}; it must be positive.")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -61,7 +62,7 @@ def score(config: ScoreConfig) -> Path:
     scored = [
         (record, tuple(islice(in_order, len(record.completions)))) for record in records
     ]
-    _write(output, scored)
+    write_json_lines(output, _as_rows(scored))
     say(f"{output}: the completions of {len(records):,} prompts, scored")
     _show_accuracy(scored)
     return output
@@ -204,25 +205,12 @@ def _preferred_first(scored: Sequence[Scored]) -> Iterator[tuple[float, float]]:
             yield (values[0], values[1]) if first > second else (values[1], values[0])
 
 
-def _new_file(name: str) -> Path:
-    path = Path(name)
-    if path.exists():
-        raise ValueError(f"{path} already exists; choose another --output.")
-    return path
-
-
-def _write(output: Path, scored: Sequence[Scored]) -> None:
-    """The file appears by rename, whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(output.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for record, values in scored:
-            if not np.isfinite(values).all():
-                raise ValueError(
-                    f"{record.origin}: the model's scores are {values}, which are not "
-                    "finite; look for damage in its weights."
-                )
-            texts = {"prompt": record.prompt, "completions": record.completions}
-            line = json.dumps(texts | {"scores": values}, ensure_ascii=False)
-            file.write(line + "\n")
-    unfinished.rename(output)
+def _as_rows(scored: Sequence[Scored]) -> Iterator[dict[str, Any]]:
+    for record, values in scored:
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"{record.origin}: the model's scores are {values}, which are not "
+                "finite; look for damage in its weights."
+            )
+        texts = {"prompt": record.prompt, "completions": record.completions}
+        yield texts | {"scores": values}

@@ -18,6 +18,7 @@ from dpojax.config import InitConfig
 from dpojax.data.synthetic import make_tokenizer
 
 Fail = Callable[..., str]
+COMMANDS = ["", "train", "eval", "score", "losses", "init", "generate", "export"]
 PAIRS = [
     {"prompt": f"I saw this {thing}", "chosen": " and it was good.", "rejected": "."}
     for thing in ("film", "movie", "comedy", "drama", "opera", "show")
@@ -272,7 +273,7 @@ def test_a_model_without_data_and_data_without_a_model(
     [
         (["train", "--max-lenght", "3"], "--max-length"),
         (["train", "--optimizer.learning-rat", "3"], "--optimizer.learning-rate"),
-        (["generate", "--promt", "x"], "--prompt"),
+        (["generate", "--model", "m", "--promt", "x"], "--prompt"),
         (["trian"], "train"),
     ],
 )
@@ -285,7 +286,7 @@ def test_a_misspelt_flag_or_command_is_answered_with_the_nearest(
     assert nearest in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "score", "init", "export"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_given_on_demand(capfd: pytest.CaptureFixture[str], command: str):
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])

@@ -15,6 +15,8 @@ from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_params, read_settings
+from dpojax.sharding import make_mesh, make_placement
+from dpojax.truncation import Truncation
 
 CONFIG = DecoderConfig(
     vocabulary_size=24,
@@ -194,6 +196,80 @@ def test_tokens_are_drawn_with_their_softmax_probabilities(
     assert statistic(first, PROMPTS[2]) < 50
     most = int(np.bincount(first).argmax())
     assert statistic(second[first == most], [*PROMPTS[2], most]) < 50
+
+
+@pytest.fixture(scope="module")
+def several(model: Model, params: Params) -> np.ndarray:
+    """Four samples of each of three prompts."""
+    generate = make_generate(
+        model.extend,
+        model.empty_cache,
+        eos_token=NEVER,
+        num_new=NUM_NEW,
+        temperature=0.9,
+        num_samples=4,
+    )
+    return np.asarray(generate(params, *pad_left(PROMPTS, 6, 3), jax.random.key(4)))
+
+
+def test_samples_that_share_a_prefill_are_those_of_repeated_prompts(
+    model: Model, params: Params, several: np.ndarray
+):
+    repeated = [prompt for prompt in PROMPTS for _ in range(4)]
+    generate = make(model, NEVER, temperature=0.9)
+    prompts = pad_left(repeated, 6, 12)
+    apart = generate(params, *prompts, jax.random.key(4))
+    np.testing.assert_array_equal(several, apart)
+    assert len({tuple(row) for row in several.tolist()}) == 12
+
+
+def test_samples_are_the_same_on_four_devices(
+    model: Model, params: Params, several: np.ndarray
+):
+    placement = make_placement(make_mesh())
+    generate = make_generate(
+        model.extend,
+        model.empty_cache,
+        eos_token=NEVER,
+        num_new=NUM_NEW,
+        temperature=0.9,
+        num_samples=4,
+    )
+    tokens, is_prompt = placement.put(pad_left(PROMPTS, 6, 4))
+    found = np.asarray(generate(params, tokens, is_prompt, jax.random.key(4)))
+    assert placement.num_shards == 4 and found.shape == (16, NUM_NEW)
+    again = np.asarray(generate(params, *pad_left(PROMPTS, 6, 4), jax.random.key(4)))
+    np.testing.assert_array_equal(found, again)
+
+
+def test_a_truncated_sample_takes_only_tokens_that_are_left(
+    model: Model, params: Params, logits_of
+):
+    generate = make_generate(
+        model.extend,
+        model.empty_cache,
+        eos_token=NEVER,
+        num_new=2,
+        truncation=Truncation(top_k=3),
+        num_samples=100,
+    )
+    prompts = pad_left([PROMPTS[2]], 3, 1)
+    first, second = np.asarray(generate(params, *prompts, jax.random.key(0))).T
+    best = np.argsort(logits_of(PROMPTS[2]))[-3:]
+    assert set(first.tolist()) == set(best.tolist())
+    most = int(np.bincount(first).argmax())
+    best = np.argsort(logits_of([*PROMPTS[2], most]))[-3:]
+    assert set(second[first == most].tolist()) <= set(best.tolist())
+
+
+def test_no_samples_and_several_equal_ones_are_refused(model: Model):
+    functions = model.extend, model.empty_cache
+    with pytest.raises(ValueError, match="num_samples is 0; it must be positive"):
+        make_generate(*functions, eos_token=2, num_new=1, num_samples=0)
+    with pytest.raises(ValueError, match="all 2 samples of a prompt are the same"):
+        make_generate(
+            *functions, eos_token=2, num_new=1, num_samples=2, temperature=0.0
+        )
 
 
 def test_a_negative_temperature_and_no_new_tokens_are_refused(model: Model):

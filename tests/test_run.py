@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpojax.cli import _load_experiment
-from dpojax.commands import evaluate_policy, export, generate, init
+from dpojax.commands import evaluate_policy, export, init
 from dpojax.config import (
     EvalConfig,
     ExportConfig,
@@ -27,7 +27,11 @@ from dpojax.data.synthetic import (
     make_tokenizer,
     split_review,
 )
+from dpojax.data.tokenize import encode_prompt
+from dpojax.evaluation import sample_metrics
 from dpojax.run import Result, run
+from dpojax.run_directory import write_samples
+from dpojax.sampling import generate
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,11 @@ def metrics_of(directory: Path) -> list[dict]:
     ]
 
 
+def samples_of(directory: Path) -> list[dict]:
+    text = (directory / "samples.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def test_a_run_leaves_what_its_documentation_says(whole: Result, config: TrainConfig):
     directory = whole.directory
     names = {"checkpoints", "config.py", "final", "metrics.jsonl", "model"}
@@ -87,8 +96,7 @@ def test_a_run_leaves_what_its_documentation_says(whole: Result, config: TrainCo
     rows = metrics_of(directory)
     assert [row["step"] for row in rows if row["split"] == "test"] == [0, 2, 4]
     assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
-    samples = (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in samples] == [0, 0, 4, 4]
+    assert [row["step"] for row in samples_of(directory)] == [0, 0, 2, 2, 4, 4]
 
 
 def test_the_first_evaluation_is_of_equal_policies(whole: Result):
@@ -111,6 +119,41 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name], err_msg=name)
     assert metrics_of(whole.directory) == metrics_of(resumed.directory)
+    assert samples_of(whole.directory) == samples_of(resumed.directory)
+
+
+def test_each_evaluation_samples_and_tells_length_and_ends(whole: Result):
+    tested = [row for row in metrics_of(whole.directory) if row["split"] == "test"]
+    assert len(tested) == 3
+    for row in tested:
+        assert 1 <= row["samples/length"] <= 4  # sample_tokens
+        assert 0 <= row["samples/eos_rate"] <= 1
+    first = whole.first_evaluation
+    assert first["samples/length"] == tested[0]["samples/length"]
+
+
+def test_by_hand_the_length_and_the_ends_of_samples():
+    """Of 3, 1 and 2 tokens, two with an EOS: mean 2, variance 2/3, over 2: 1/3."""
+    found = sample_metrics([[5, 6, 2], [2], [7, 8]], eos_token=2)
+    assert found["samples/length"] == 2
+    assert found["samples/length_se"] == pytest.approx((1 / 3) ** 0.5)
+    assert found["samples/eos_rate"] == pytest.approx(2 / 3)
+
+
+def test_samples_of_a_step_replace_those_of_it_and_of_later_ones(tmp_path: Path):
+    tokenizer = make_tokenizer()
+    prompt = encode_prompt("I read", tokenizer)
+
+    def write(step: int) -> None:
+        write_samples(tmp_path, step, [prompt], [prompt], tokenizer)
+
+    for step in (0, 2, 4, 6):
+        write(step)
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 1')  # a crash
+    write(4)
+    assert [row["step"] for row in samples_of(tmp_path)] == [0, 2, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
 def test_a_resumed_run_must_be_the_same_run(whole: Result, config: TrainConfig):
@@ -164,10 +207,11 @@ def test_a_policy_evaluated_against_itself_has_no_kl(config: TrainConfig):
 def test_generation_continues_each_prompt(whole: Result):
     final = str(whole.directory / "final")
     prompts = ("On Saturday I read", "On Saturday I read a new novel")
-    texts = generate(
+    continued = generate(
         GenerateConfig(model=final, prompt=prompts, max_new_tokens=4, temperature=0.0)
     )
-    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
+    assert [one.prompt for one in continued] == list(prompts)
+    assert [len(one.completions) for one in continued] == [1, 1]
 
 
 def test_a_number_that_is_none_stops_the_run_and_names_the_step(
