@@ -106,12 +106,24 @@ def test_a_score_does_not_depend_on_what_it_is_compared_with(
     ]
     together = run(long, max_length=20)
     assert "0 prompts cut" not in capsys.readouterr().out
-    apart = run(singles, max_length=20, num_completions=1)
+    apart = run(singles, max_length=20)
     assert "accuracies" not in capsys.readouterr().out
     expected = [value for line in apart for value in line["scores"]]
     found = [value for line in together for value in line["scores"]]
     assert len(found) == 8
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_lists_of_completions_are_scored_in_their_order(run: Callable):
+    pairs = run(PAIRS[:1])[0]
+    row = {
+        "prompt": PAIRS[0]["prompt"],
+        "completions": [PAIRS[0][name] for name in ("rejected", "chosen", "rejected")],
+        "scores": [0.0, 1.0, 0.0],
+    }
+    (ranking,) = run([row])
+    expected = [pairs["scores"][place] for place in (1, 0, 1)]
+    np.testing.assert_allclose(ranking["scores"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_identical_completions_are_scored_but_not_ranked(
@@ -160,7 +172,7 @@ def test_a_model_whose_scores_are_not_finite_leaves_no_file(
         (["--max-length", "4000"], "exceed the 2048 positions of the model"),
         (["--mesh.data", "3"], "does not fit 4 devices"),
         (["--data", "none.jsonl"], "There is no file or directory none.jsonl"),
-        (["--num-completions", "1"], "line 1 has no 'completion'"),
+        (["--split", "train"], "line 1 has no 'chosen'"),
     ],
 )
 def test_what_score_cannot_do_is_refused_in_one_sentence(
