@@ -13,6 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dpojax.log_probs import logits_of
+
 Params = Any
 # (params, prompts, is_prompt, key) -> tokens [rows, new], the end filled with EOS
 Generate = Callable[[Params, ArrayLike, ArrayLike, Array], Array]
@@ -50,7 +52,7 @@ def pad_left(
 
 
 def make_generate(
-    extend: Callable[..., tuple[Array, Array, Any]],
+    extend: Callable[..., tuple[Array, Any, Any]],
     empty_cache: Callable[[int, int], Any],
     *,
     eos_token: int,
@@ -96,14 +98,7 @@ def make_generate(
             hidden, output, cache = extend(
                 params, tokens, position, example, cache, offset
             )
-            exact = hidden.dtype == jnp.float32  # a true float32 product on every chip
-            logits = jnp.einsum(
-                "rw,vw->rv",
-                hidden[:, -1],
-                output.astype(hidden.dtype),
-                precision=jax.lax.Precision.HIGHEST if exact else None,
-                preferred_element_type=jnp.float32,
-            )
+            logits = logits_of(hidden[:, -1], output)
             return logits, cache
 
         def unfinished(progress: _Progress) -> Array:
