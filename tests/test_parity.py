@@ -68,6 +68,83 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_window_layers": 1,
         },
     ),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        "SmolLM3",
+        {
+            "no_rope_layers": [1, 0, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"sliding_window": WINDOW}),
+    "olmo3-yarn": (
+        "Olmo3",
+        {
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "phi3": ("Phi3", {}),
+    "phi3-window": ("Phi3", {"sliding_window": WINDOW, "hidden_size": 48}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "config": "Gemma3TextConfig",
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "gpt2": (
+        "GPT2",
+        {
+            "model": "GPT2LMHeadModel",
+            "without": ("num_key_value_heads", "intermediate_size"),
+            "n_inner": 44,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoX",
+        {"without": ("num_key_value_heads",), "hidden_size": 48},
+    ),
+    "gpt_neox-sequential": (
+        "GPTNeoX",
+        {
+            "without": ("num_key_value_heads",),
+            "hidden_size": 48,
+            "use_parallel_residual": False,
+        },
+    ),
+    "gptj": (
+        "GPTJ",
+        {"without": ("num_key_value_heads", "intermediate_size"), "rotary_dim": 4},
+    ),
 }
 
 
@@ -109,18 +186,13 @@ def make_theirs(case: str) -> Any:
 
     family, changes = CASES[case]
     config_class = getattr(transformers, changes.get("config", f"{family}Config"))
-    settings = {
-        changes.get("renamed", {}).get(key, key): value
-        for key, value in SIZES.items()
-        if key not in changes.get("without", ())
-    }
-    extra = {
-        k: v for k, v in changes.items() if k not in ("config", "renamed", "without")
-    }
-    config = config_class(**settings | extra)
+    model_class = getattr(transformers, changes.get("model", f"{family}ForCausalLM"))
+    without = {"config", "model", "without", *changes.get("without", ())}
+    settings = {k: v for k, v in (SIZES | changes).items() if k not in without}
+    config = config_class(**settings)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    theirs = model_class(config).eval()
     for name, parameter in theirs.named_parameters():
         if re.search("bias$|norm|ln_", name):
             parameter.data.add_(0.3 * torch.randn_like(parameter))
@@ -244,7 +316,7 @@ def test_a_model_is_written_as_transformers_wrote_it(
     assert not any(report.values())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["gemma2", "smollm3-window", "gpt2"])
 def test_gradients_are_finite(case: str, get_pair: Any):
     pair: Pair = get_pair(case)
     example = Example(np.arange(3, 9, dtype=np.int32), (np.array([5, 2], np.int32),))

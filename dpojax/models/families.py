@@ -66,7 +66,7 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
                "intermediate_size"} - known.keys()  # fmt: skip
     if missing:
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}.")
-    rope = read_rope(known, family.theta)
+    rope = read_rope(known, family.theta, family.window_theta)
     fields = _common_fields(known, rope) | family.fields(known, rope)
     if rope.share not in (None, 1.0) and "rotary_dimension" not in fields:
         raise ValueError(
@@ -145,6 +145,16 @@ def family_of(settings: Mapping[str, Any]) -> Family:
             f"config.json has model_type {name!r}; supported: {', '.join(FAMILIES)}."
         )
     return FAMILIES[name]
+
+
+def num_heads_of(settings: Mapping[str, Any]) -> int:
+    """How many query heads a config has, whatever its family calls them."""
+    renamed = family_of(settings).renamed
+    return next(
+        value
+        for key, value in settings.items()
+        if renamed.get(key, key) == "num_attention_heads"
+    )
 
 
 def _heads(family: Family) -> dict[str, Head]:

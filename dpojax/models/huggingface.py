@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dpojax.models.families import family_of
+from dpojax.models.families import family_of, num_heads_of
 from dpojax.models.functional import Params
 from dpojax.models.weight_places import Place, as_places
 
@@ -81,8 +81,8 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
     Raises:
       ValueError: if a tensor is missing, left over or of another shape.
     """
-    family = family_of(read_settings(directory))
-    places = as_places(abstract, family)
+    settings = read_settings(directory)
+    places = as_places(abstract, family_of(settings), num_heads_of(settings))
     with ExitStack() as stack:
         tensors = _open(directory, stack)
         expected = {
@@ -109,7 +109,7 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
     surplus = {name for name in tensors if name not in expected and _matters(name)}
     if not {"output", "score"} & abstract.keys():
         # A tied model's file may hold its copy; what becomes a reward model drops it.
-        surplus -= {"lm_head.weight", "lm_head.bias"}
+        surplus -= {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
     if surplus:
         raise ValueError(
             f"{directory} has tensors that its config.json does not account for: "
@@ -136,7 +136,7 @@ def write_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     tensors: dict[str, np.ndarray] = {}
-    places = as_places(params, family_of(settings))
+    places = as_places(params, family_of(settings), num_heads_of(settings))
     for place, array in zip(
         jax.tree.leaves(places, is_leaf=lambda leaf: isinstance(leaf, Place)),
         jax.tree.leaves(params),
@@ -244,5 +244,7 @@ def _read_outputs(view: Any, place: Place, index: Index) -> np.ndarray:
 
 
 def _matters(name: str) -> bool:
-    """Old checkpoints carry rotary tables, which are computed here."""
-    return re.search(r"rotary_emb\.inv_freq$", name) is None
+    """Old checkpoints carry rotary tables and masks, which are computed here."""
+    return (
+        re.search(r"rotary_emb\.inv_freq$|att(n|ention)\.(masked_)?bias$", name) is None
+    )

@@ -21,17 +21,23 @@ class RopeSettings(NamedTuple):
     share: float | None  # of a head's dimensions, how many turn; None: not said
 
 
-def read_rope(settings: Mapping[str, Any], theta: float) -> RopeSettings:
+def read_rope(
+    settings: Mapping[str, Any], theta: float, window_theta: float | None = None
+) -> RopeSettings:
     """Reads the rotary settings of a config.
 
     Args:
       settings: the contents of ``config.json``.
       theta: the base where none is given.
+      window_theta: the same for layers with a window; they are unscaled then. None:
+        they have the embedding of the others.
 
     Raises:
       ValueError: for a kind of scaling, or a key of one, that is not known.
     """
     theta = settings.get("rope_theta") or theta
+    if window_theta is not None:
+        window_theta = settings.get("rope_local_base_freq") or window_theta
     given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     by_kind = any(isinstance(value, Mapping) for value in given.values())
     if by_kind:
@@ -41,10 +47,14 @@ def read_rope(settings: Mapping[str, Any], theta: float) -> RopeSettings:
                 f"config.json has rotary settings of the layer types {sorted(unknown)}."
             )
         whole, share = _read_one(given.get("full_attention") or {}, theta)
-        window, _ = _read_one(given.get("sliding_attention") or {}, theta)
+        window, _ = _read_one(
+            given.get("sliding_attention") or {}, window_theta or theta
+        )
         return RopeSettings(whole, window, share)
     whole, share = _read_one(given, theta)
-    return RopeSettings(whole, whole, share)
+    if window_theta is None:
+        return RopeSettings(whole, whole, share)
+    return RopeSettings(whole, Rope(theta=float(window_theta)), share)
 
 
 def _read_one(given: Mapping[str, Any], theta: float) -> tuple[Rope, float | None]:

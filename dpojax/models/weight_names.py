@@ -90,3 +90,71 @@ PHI3 = LLAMA | _projections(
         "mlp/up": "model.layers.{layer}.mlp.gate_up_proj",
     }
 )
+GPT2 = (
+    _HEADS
+    | {
+        "embedding/embedding": "transformer.wte.weight",
+        "position/embedding": "transformer.wpe.weight",
+    }
+    | _layer_norms(
+        {
+            "norm": "transformer.ln_f",
+            "blocks/attention_norm": "transformer.h.{layer}.ln_1",
+            "blocks/mlp_norm": "transformer.h.{layer}.ln_2",
+        }
+    )
+    | _projections(
+        {
+            "attention/query": "transformer.h.{layer}.attn.c_attn",
+            "attention/key": "transformer.h.{layer}.attn.c_attn",
+            "attention/value": "transformer.h.{layer}.attn.c_attn",
+            "attention/output": "transformer.h.{layer}.attn.c_proj",
+            "mlp/up": "transformer.h.{layer}.mlp.c_fc",
+            "mlp/down": "transformer.h.{layer}.mlp.c_proj",
+        }
+    )
+)
+GPT_NEOX = (
+    _HEADS
+    | {
+        "embedding/embedding": "gpt_neox.embed_in.weight",
+        "output/embedding": "embed_out.weight",
+    }
+    | _layer_norms(
+        {
+            "norm": "gpt_neox.final_layer_norm",
+            "blocks/attention_norm": "gpt_neox.layers.{layer}.input_layernorm",
+            "blocks/mlp_norm": "gpt_neox.layers.{layer}.post_attention_layernorm",
+        }
+    )
+    | _projections(
+        {
+            "attention/query": "gpt_neox.layers.{layer}.attention.query_key_value",
+            "attention/key": "gpt_neox.layers.{layer}.attention.query_key_value",
+            "attention/value": "gpt_neox.layers.{layer}.attention.query_key_value",
+            "attention/output": "gpt_neox.layers.{layer}.attention.dense",
+            "mlp/up": "gpt_neox.layers.{layer}.mlp.dense_h_to_4h",
+            "mlp/down": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
+        }
+    )
+)
+GPTJ = (
+    _HEADS
+    | {"embedding/embedding": "transformer.wte.weight"}
+    | _layer_norms(
+        {
+            "norm": "transformer.ln_f",
+            "blocks/attention_norm": "transformer.h.{layer}.ln_1",
+        }
+    )
+    | _projections(
+        {
+            "attention/query": "transformer.h.{layer}.attn.q_proj",
+            "attention/key": "transformer.h.{layer}.attn.k_proj",
+            "attention/value": "transformer.h.{layer}.attn.v_proj",
+            "attention/output": "transformer.h.{layer}.attn.out_proj",
+            "mlp/up": "transformer.h.{layer}.mlp.fc_in",
+            "mlp/down": "transformer.h.{layer}.mlp.fc_out",
+        }
+    )
+)
