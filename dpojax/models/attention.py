@@ -6,6 +6,7 @@ less than that behind i's. Padding is example 0 and sees only padding, so
 no softmax is empty. This file knows no parameters.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -79,9 +80,8 @@ def attention(
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, scale=scale, implementation="xla"
         )
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    return _capped_attention(query, key, value, mask, scale, cap)
+    scaled = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return _capped_attention(query, key, value, mask, scaled, cap)
 
 
 def _capped_attention(
