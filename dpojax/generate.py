@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dpojax.log_probs import logits_of
 from dpojax.truncation import EVERY_TOKEN, Truncation, make_choose
 
 Params = Any
@@ -54,7 +55,7 @@ def pad_left(
 
 
 def make_generate(
-    extend: Callable[..., tuple[Array, Array, Any]],
+    extend: Callable[..., tuple[Array, Any, Any]],
     empty_cache: Callable[[int, int], Any],
     *,
     eos_token: int,
@@ -101,14 +102,7 @@ def make_generate(
             hidden, output, cache = extend(
                 params, tokens, position, example, cache, offset
             )
-            exact = hidden.dtype == jnp.float32  # a true float32 product on every chip
-            logits = jnp.einsum(
-                "rw,vw->rv",
-                hidden[:, -1],
-                output.astype(hidden.dtype),
-                precision=jax.lax.Precision.HIGHEST if exact else None,
-                preferred_element_type=jnp.float32,
-            )
+            logits = logits_of(hidden[:, -1], output)
             return logits, cache
 
         def unfinished(progress: _Progress) -> Array:

@@ -11,6 +11,7 @@ nats a bfloat16 step is 2 nats. This file knows no loss and no model.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,21 @@ from jaxtyping import Array, Bool, Float, Int
 from dpojax.batch import Batch
 
 Hidden = Float[Array, "rows length width"]
-Output = Float[Array, "vocabulary width"]
+
+
+class Head(NamedTuple):
+    """An output matrix with what some models add to it.
+
+    The logits are ``z = hidden matrix^T + bias``; with a cap, ``cap * tanh(z / cap)``.
+    """
+
+    matrix: Float[Array, "vocabulary width"]
+    bias: Float[Array, " vocabulary"] | None = None
+    cap: float | Float[Array, ""] | None = None
+
+
+# What final hidden states meet: a matrix alone, or more.
+Output = Float[Array, "vocabulary width"] | Head
 
 
 def token_log_probs(
@@ -34,7 +49,7 @@ def token_log_probs(
 
     Args:
       hidden: final hidden states ``[rows, length, width]``.
-      output: the output matrix ``[vocabulary, width]``.
+      output: the output matrix ``[vocabulary, width]``, or a `Head`.
       batch: the rows that the hidden states belong to.
       chunk_size: positions of each shard whose logits exist at one time.
       num_shards: ways in which the rows are divided over devices.
@@ -44,7 +59,7 @@ def token_log_probs(
     """
 
     def label_log_probs(hidden: Array, labels: Array) -> Array:
-        logits = _logits(hidden, output)
+        logits = logits_of(hidden, output)
         # A sum over a comparison instead of a gather: its gradient fuses with the
         # softmax's, and a vocabulary that is sharded needs no gather of logits.
         is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
@@ -94,7 +109,7 @@ def completion_log_sum_squares(
     """
 
     def log_sum_squares(hidden: Array) -> Array:
-        logits = _logits(hidden, output)
+        logits = logits_of(hidden, output)
         twice = jax.nn.logsumexp(2 * logits, axis=-1)
         return twice - 2 * jax.nn.logsumexp(logits, axis=-1)
 
@@ -128,8 +143,8 @@ def completion_kl(
     """
 
     def token_kl(policy_hidden: Array, reference_hidden: Array) -> Array:
-        log_p = jax.nn.log_softmax(_logits(policy_hidden, policy[1]))
-        log_q = jax.nn.log_softmax(_logits(reference_hidden, reference[1]))
+        log_p = jax.nn.log_softmax(logits_of(policy_hidden, policy[1]))
+        log_q = jax.nn.log_softmax(logits_of(reference_hidden, reference[1]))
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
     arrays = (policy[0], reference[0])
@@ -170,18 +185,22 @@ def in_shared_prefix(batch: Batch) -> Bool[Array, "rows length"]:
     return scored & (seen - before < limit)
 
 
-def _logits(
+def logits_of(
     hidden: Float[Array, "*positions width"], output: Output
 ) -> Float[Array, "*positions vocabulary"]:
     """Logits in float32; a float32 model gets a true float32 product on every chip."""
+    head = output if isinstance(output, Head) else Head(output)
     exact = hidden.dtype == jnp.float32
-    return jnp.einsum(
+    logits = jnp.einsum(
         "...w,vw->...v",
         hidden,
-        output.astype(hidden.dtype),
+        head.matrix.astype(hidden.dtype),
         precision=jax.lax.Precision.HIGHEST if exact else None,
         preferred_element_type=jnp.float32,
     )
+    if head.bias is not None:
+        logits += head.bias.astype(jnp.float32)
+    return logits if head.cap is None else head.cap * jnp.tanh(logits / head.cap)
 
 
 def _map_scored(

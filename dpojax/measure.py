@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from dpojax.batch import Batch
 from dpojax.log_probs import (
+    Output,
     completion_kl,
     completion_log_sum_squares,
     in_shared_prefix,
@@ -24,8 +25,9 @@ from dpojax.losses.scores import Scores
 from dpojax.rewards import completion_rewards
 
 Params = Any
-# (params, batch) -> hidden states [rows, length, width], output [vocabulary, width]
-Apply = Callable[[Params, Batch], tuple[Array, Array]]
+# (params, batch) -> hidden states [rows, length, width], and the output matrix
+# [vocabulary, width] or a `Head`
+Apply = Callable[[Params, Batch], tuple[Array, Any]]
 # (params, reference, batch) -> scores, each [rows, slots, completions]
 Measure = Callable[[Params, Params | None, Batch], Scores]
 
@@ -43,7 +45,7 @@ def make_measure(
     """
     how = {"chunk_size": chunk_size, "num_shards": num_shards}
 
-    def sums(hidden: Array, output: Array, batch: Batch) -> tuple[Array, Array | None]:
+    def sums(hidden: Array, output: Output, batch: Batch) -> tuple[Array, Array | None]:
         """Log-probabilities of whole completions, and of their shared prefixes."""
         per_token = token_log_probs(hidden, output, batch, **how)
         whole = sum_completions(per_token, batch)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpojax.models.decoder import DecoderConfig, Llama3Rope, rotary_frequencies
 from dpojax.models.families import as_decoder_config, as_reward_settings, as_settings
+from dpojax.models.rotary import Llama3Rope, Rope, rotary_frequencies
+from dpojax.models.shape import DecoderConfig
 
 SCALING = {
     "factor": 8.0,
@@ -133,10 +134,10 @@ def test_unscaled_rotary_settings_are_read_in_every_form(rope: dict[str, Any]):
         ({"pretraining_tp": 2}, "pretraining_tp = 2; dpojax supports 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "by 'yarn'; supported",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            "by 'longrope'; supported",
         ),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "by 'linear'; supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "by 'dynamic'; supp"),
         (
             {"rope_scaling": {"rope_type": "llama3", **SCALING, "mscale": 1.0}},
             r"unknown rotary settings \['mscale'\]",
@@ -154,12 +155,36 @@ def test_what_the_decoder_does_not_have_is_refused_by_name(
         as_decoder_config(llama(**changes))
 
 
-def test_a_sliding_window_of_qwen2_is_refused():
+def test_a_window_is_of_the_layers_that_the_config_says():
     settings = llama(
-        architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=True
+        architectures=["Qwen2ForCausalLM"],
+        model_type="qwen2",
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
     )
-    with pytest.raises(ValueError, match="use_sliding_window = True"):
-        as_decoder_config(settings)
+    config = as_decoder_config(settings)
+    assert (config.window, config.window_layers) == (8, (False, True))
+    types = ["sliding_attention", "full_attention"]
+    config = as_decoder_config(settings | {"layer_types": types})
+    assert config.window_layers == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["chunked_attention"] * 2}, "layer_types .*chunked"),
+        ({"layer_types": ["full_attention"]}, "for each of 2 layers"),
+        ({"layer_types": ["sliding_attention"] * 2}, "but no window"),
+    ],
+)
+def test_layer_types_that_make_no_sense_are_refused(
+    changes: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        as_decoder_config(
+            llama(architectures=["Qwen2ForCausalLM"], model_type="qwen2") | changes
+        )
 
 
 def reward(**changes: Any) -> dict[str, Any]:
@@ -229,5 +254,7 @@ def test_rotary_frequencies_equal_those_of_transformers(
     rotary = LlamaRotaryEmbedding(theirs)
     assert rotary.attention_scaling == 1.0
     expected = rotary.inv_freq.numpy()
-    found = rotary_frequencies(as_decoder_config(theirs.to_dict()))
+    config = as_decoder_config(theirs.to_dict())
+    rope = Rope(theta=config.rope_theta, scaling=config.rope_scaling)
+    found = rotary_frequencies(rope, head_dimension)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpojax.batch import Batch
 from dpojax.generate import make_generate, pad_left
+from dpojax.log_probs import logits_of
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config, as_settings
 from dpojax.models.functional import Params
@@ -103,7 +104,7 @@ def our_logits(loaded: Loaded) -> np.ndarray:
     @jax.jit
     def compute(params: Params, batch: Batch) -> jax.Array:
         hidden, output = loaded.model.apply(params, batch)
-        return hidden @ output.T
+        return logits_of(hidden, output)
 
     return np.asarray(compute(loaded.params, batch))[np.asarray(example) > 0]
 

@@ -1,60 +1,29 @@
-"""One decoder-only transformer of the Llama and Qwen2 kind, its variants by config.
+"""One decoder-only transformer, its variants by config, as pure functions.
 
-RMSNorm before each block, rotary embedding, grouped-query attention, gated MLP. Layers
-are stacked and scanned, so that a program's size and compile time do not grow with
-depth. Modules know the row layout, but no loss, no optimiser and no mesh: where
-activations are to be pinned, the caller passes a function that does it.
+Layers are stacked and scanned, so that a program's size and compile time do not grow
+with depth; where layers differ, in window or rotary embedding, arrays are scanned
+beside them that say how. The decoder knows the row layout, but no loss, no optimiser
+and no mesh: where activations are to be pinned, the caller passes a function for it.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dpojax.batch import Batch
-from dpojax.models.attention import attention
+from dpojax.log_probs import Head, Output
+from dpojax.models.attention import Window, attention
+from dpojax.models.block import Block, Hidden, Options, make_norm
 from dpojax.models.functional import Params, as_function
+from dpojax.models.rotary import make_rotation, rotary_tables
+from dpojax.models.shape import DecoderConfig, layer_ropes, layer_windows
 
-Hidden = Float[Array, "rows length width"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3Rope:
-    """Llama 3.1's stretching of the slow rotary frequencies, as in `transformers`."""
-
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_length: int  # positions that the model was pre-trained on
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The shape of a decoder."""
-
-    vocabulary_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    num_key_heads: int  # fewer than num_heads: grouped queries
-    head_dimension: int
-    mlp_width: int
-    norm_epsilon: float = 1e-5
-    rope_theta: float = 10_000.0
-    rope_scaling: Llama3Rope | None = None
-    qkv_bias: bool = False
-    tied_output: bool = False  # the output matrix is the embedding
-    # What final hidden states meet: the output matrix, or a reward model's one row.
-    head: Literal["vocabulary", "score"] = "vocabulary"
-    max_length: int = 2048  # positions that the model is meant for
-    initializer_range: float = 0.02
+NO_WINDOW = 2**30  # further than any position, so that it hides nothing
 
 
 class Cache(NamedTuple):
@@ -70,10 +39,10 @@ class Model(NamedTuple):
     config: DecoderConfig
     params: Params  # shapes and dtypes, no arrays
     init: Callable[[Array], Params]  # key -> parameters
-    # (params, batch) -> hidden states [rows, length, width], the head [., width]
-    apply: Callable[[Params, Batch], tuple[Array, Array]]
+    # (params, batch) -> hidden states [rows, length, width], and what they meet
+    apply: Callable[[Params, Batch], tuple[Array, Output]]
     # (params, tokens, position, example, cache, offset) -> the same and the new cache
-    extend: Callable[..., tuple[Array, Array, Cache]]
+    extend: Callable[..., tuple[Array, Output, Cache]]
     empty_cache: Callable[[int, int], Cache]  # (rows, keys) -> cache
 
 
@@ -122,15 +91,6 @@ def make_model(
     )
 
 
-class Options(NamedTuple):
-    """How a decoder computes, apart from its shape."""
-
-    compute_dtype: Any
-    param_dtype: Any
-    remat: bool
-    constrain: Callable[[Array], Array]
-
-
 class Decoder(nnx.Module):
     """Tokens to final hidden states."""
 
@@ -139,28 +99,37 @@ class Decoder(nnx.Module):
         self.options = options
         table = partial(_table, config, options, rngs)
         self.embedding = table(config.vocabulary_size, config.initializer_range)
+        if config.positions == "learned":
+            self.position = table(config.max_length, config.initializer_range)
         if config.head == "score":
             # Stiennon et al. 2020, appendix B.1: after a norm, rewards start at the
             # order of 1; from zeros, the decoder would get no gradient at first.
             self.score = table(1, (config.width + 1) ** -0.5)
         elif not config.tied_output:
             self.output = table(config.vocabulary_size, config.initializer_range)
+        if config.head == "vocabulary" and config.head_bias:
+            bias = jnp.zeros(config.vocabulary_size, options.param_dtype)
+            self.output_bias = nnx.Param(bias)
         make_block = nnx.vmap(lambda rngs: Block(config, options, rngs))
         self.blocks = make_block(rngs.split(config.num_layers))
-        self.norm = _norm(config, options, rngs)
+        self.norm = make_norm(config, options, rngs, config.width)
 
-    def __call__(self, batch: Batch) -> tuple[Hidden, Array]:
+    def __call__(self, batch: Batch) -> tuple[Hidden, Output]:
         """Hidden states of each row; output matrix, or a score's ``[1, width]``."""
         example, branch = jnp.asarray(batch.example), jnp.asarray(batch.branch)
+        tokens, position = jnp.asarray(batch.tokens), jnp.asarray(batch.position)
 
         def attend(
-            query: Array, key: Array, value: Array, cache: None, layer: Array
+            query: Array, key: Array, value: Array, cache: None, layer: _Layer
         ) -> tuple[Array, None]:
-            return attention(query, key, value, example, branch), cache
+            window = layer.window_over(position)
+            attended = self._attention(
+                query, key, value, example, branch, window=window
+            )
+            return attended, cache
 
-        tokens, position = jnp.asarray(batch.tokens), jnp.asarray(batch.position)
         hidden, _ = self._blocks(tokens, position, attend, None)
-        return hidden, self._head_matrix()
+        return hidden, self._head()
 
     def extend(
         self,
@@ -169,118 +138,121 @@ class Decoder(nnx.Module):
         example: Int[Array, "rows keys"],
         cache: Cache,
         offset: int | Int[Array, ""],
-    ) -> tuple[Hidden, Array, Cache]:
+    ) -> tuple[Hidden, Output, Cache]:
         """Hidden states of new tokens, which enter the cache at `offset`."""
         prompt = jnp.zeros_like(example)  # one sequence a row, no branches
+        key_position = jnp.cumsum(example > 0, axis=1) - 1
 
         def attend(
-            query: Array, key: Array, value: Array, cache: Cache, layer: Array
+            query: Array, key: Array, value: Array, cache: Cache, layer: _Layer
         ) -> tuple[Array, Cache]:
             # All layers' caches are carried and written in place: as inputs and outputs
             # of the scan they would be copied whole for every token.
-            place = (layer, 0, offset, 0, 0)
+            place = (layer.index, 0, offset, 0, 0)
             cache = Cache(
                 jax.lax.dynamic_update_slice(cache.key, key[None], place),
                 jax.lax.dynamic_update_slice(cache.value, value[None], place),
             )
-            keys, values = cache.key[layer], cache.value[layer]
-            return attention(query, keys, values, example, prompt, offset), cache
+            keys, values = cache.key[layer.index], cache.value[layer.index]
+            window = layer.window_over(key_position)
+            attended = self._attention(
+                query, keys, values, example, prompt, offset, window=window
+            )
+            return attended, cache
 
         hidden, cache = self._blocks(tokens, position, attend, cache)
-        return hidden, self._head_matrix(), cache
+        return hidden, self._head(), cache
 
-    def _head_matrix(self) -> Array:
-        if self.config.head == "score":
+    def _attention(self, *args: Any, window: Window | None) -> Array:
+        scale, cap = self.config.attention_scale, self.config.attention_cap
+        return attention(*args, window=window, scale=scale, cap=cap)
+
+    def _head(self) -> Output:
+        config = self.config
+        if config.head == "score":
             return self.score.embedding[...]
-        table = self.embedding if self.config.tied_output else self.output
-        return table.embedding[...]
+        table = self.embedding if config.tied_output else self.output
+        matrix = table.embedding[...]
+        if not config.head_bias and config.logit_cap is None:
+            return matrix
+        bias = self.output_bias[...] if config.head_bias else None
+        return Head(matrix, bias, config.logit_cap)
+
+    def _embed(self, tokens: Array, position: Array) -> Hidden:
+        dtype, scale = self.options.compute_dtype, self.config.embedding_scale
+        hidden = self.embedding.embedding[...][tokens].astype(dtype)
+        if scale != 1:
+            hidden = hidden * jnp.asarray(scale, dtype)
+        if self.config.positions == "learned":
+            hidden += self.position.embedding[...][position].astype(dtype)
+        return hidden
 
     def _blocks(
         self, tokens: Array, position: Array, attend: Callable, cache: Cache | None
     ) -> tuple[Hidden, Any]:
-        dtype, constrain = self.options.compute_dtype, self.options.constrain
-        hidden = constrain(self.embedding.embedding[...][tokens].astype(dtype))
-        rotate = make_rotation(self.config, position)
+        config, dtype = self.config, self.options.compute_dtype
+        constrain = self.options.constrain
+        hidden = constrain(self._embed(tokens, position))
+        rotation = _make_rotations(config, position)
 
         def body(carry: tuple, block_and_layer: tuple) -> tuple[tuple, None]:
             (hidden, cache), (block, layer) = carry, block_and_layer
-            hidden, cache = block(hidden, rotate, partial(attend, layer=layer), cache)
+            rotate, attend_here = rotation(layer), partial(attend, layer=layer)
+            hidden, cache = block(hidden, rotate, attend_here, cache)
             return (constrain(hidden), cache), None
 
         if self.options.remat:
             body = jax.checkpoint(body)
         # Accelerators would otherwise multiply float32 in fewer bits.
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
-            layers = jnp.arange(self.config.num_layers)
-            carry, _ = jax.lax.scan(body, (hidden, cache), (self.blocks, layers))
+            carry, _ = jax.lax.scan(
+                body, (hidden, cache), (self.blocks, _layers(config))
+            )
         hidden, cache = carry
-        return self.norm(hidden), cache
+        hidden = self.norm(hidden)
+        if config.logit_scale != 1 and config.head == "vocabulary":
+            # Logits are linear in the hidden states, whose product is elsewhere.
+            hidden = hidden * jnp.asarray(config.logit_scale, dtype)
+        return hidden, cache
 
 
-class Block(nnx.Module):
-    """One layer: attention and MLP, each on the norm of its input, added to it."""
+class _Layer(NamedTuple):
+    """What is scanned beside the blocks: in what a layer differs from others."""
 
-    def __init__(self, config: DecoderConfig, options: Options, rngs: nnx.Rngs):
-        self.attention_norm = _norm(config, options, rngs)
-        self.attention = Attention(config, options, rngs)
-        self.mlp_norm = _norm(config, options, rngs)
-        self.mlp = MLP(config, options, rngs)
+    index: Int[Array, "*layers"]
+    window: Int[Array, "*layers"] | None  # None: no layer has one
+    rope: Int[Array, "*layers"] | None  # of the different ones; None: all are alike
 
-    def __call__(
-        self, hidden: Hidden, rotate: Callable, attend: Callable, cache: Any
-    ) -> tuple[Hidden, Any]:
-        attended, cache = self.attention(
-            self.attention_norm(hidden), rotate, attend, cache
-        )
-        hidden += attended
-        return hidden + self.mlp(self.mlp_norm(hidden)), cache
+    def window_over(self, position: Array) -> Window | None:
+        return None if self.window is None else Window(position, self.window)
 
 
-class Attention(nnx.Module):
-    """Projections around a given attention function."""
-
-    def __init__(self, config: DecoderConfig, options: Options, rngs: nnx.Rngs):
-        self.head_dimension = config.head_dimension
-        linear = partial(_linear, config, options, rngs)
-        query_width = config.num_heads * config.head_dimension
-        key_width = config.num_key_heads * config.head_dimension
-        self.query = linear(config.width, query_width, config.qkv_bias)
-        self.key = linear(config.width, key_width, config.qkv_bias)
-        self.value = linear(config.width, key_width, config.qkv_bias)
-        self.output = linear(query_width, config.width)
-
-    def __call__(
-        self, hidden: Hidden, rotate: Callable, attend: Callable, cache: Any
-    ) -> tuple[Hidden, Any]:
-        def as_heads(projected: Array) -> Array:
-            return projected.reshape(*projected.shape[:2], -1, self.head_dimension)
-
-        query = rotate(as_heads(self.query(hidden)))
-        key = rotate(as_heads(self.key(hidden)))
-        attended, cache = attend(query, key, as_heads(self.value(hidden)), cache)
-        return self.output(attended.reshape(*hidden.shape[:2], -1)), cache
+def _layers(config: DecoderConfig) -> _Layer:
+    windows, ropes = layer_windows(config), layer_ropes(config)
+    kinds = list(dict.fromkeys(ropes))
+    sizes = [NO_WINDOW if window is None else window for window in windows]
+    return _Layer(
+        jnp.arange(config.num_layers),
+        None if set(windows) == {None} else jnp.array(sizes, jnp.int32),
+        None if len(kinds) == 1 else jnp.array([kinds.index(rope) for rope in ropes]),
+    )
 
 
-class MLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, config: DecoderConfig, options: Options, rngs: nnx.Rngs):
-        linear = partial(_linear, config, options, rngs)
-        self.gate = linear(config.width, config.mlp_width)
-        self.up = linear(config.width, config.mlp_width)
-        self.down = linear(config.mlp_width, config.width)
-
-    def __call__(self, hidden: Hidden) -> Hidden:
-        return self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden))
-
-
-def _norm(config: DecoderConfig, options: Options, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        config.width,
-        epsilon=config.norm_epsilon,
-        dtype=options.compute_dtype,
-        param_dtype=options.param_dtype,
-        rngs=rngs,
+def _make_rotations(
+    config: DecoderConfig, position: Int[Array, "rows length"]
+) -> Callable[[_Layer], Callable[[Array], Array]]:
+    """The rotation of each layer; angles are computed once, outside of the scan."""
+    kinds = list(dict.fromkeys(layer_ropes(config)))
+    if kinds == [None]:
+        return lambda layer: lambda heads: heads
+    dimension = config.rotary_dimension or config.head_dimension
+    tables = [rotary_tables(rope, dimension, position) for rope in kinds]
+    if len(kinds) == 1:
+        rotate = make_rotation(*tables[0], config.rotary_pairs)
+        return lambda layer: rotate
+    cosines, sines = (jnp.stack(table) for table in zip(*tables, strict=True))
+    return lambda layer: make_rotation(
+        cosines[layer.rope], sines[layer.rope], config.rotary_pairs
     )
 
 
@@ -294,57 +266,3 @@ def _table(
         embedding_init=nnx.initializers.normal(spread),
         rngs=rngs,
     )
-
-
-def _linear(
-    config: DecoderConfig,
-    options: Options,
-    rngs: nnx.Rngs,
-    inputs: int,
-    outputs: int,
-    use_bias: bool = False,
-) -> nnx.Linear:
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=use_bias,
-        dtype=options.compute_dtype,
-        param_dtype=options.param_dtype,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        rngs=rngs,
-    )
-
-
-def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
-    """Angle per position of each pair of dimensions, in radians.
-
-    References:
-      Su et al., RoFormer, 2021, arXiv:2104.09864, section 3.2.2; for the scaling,
-      `transformers.modeling_rope_utils`, rope type "llama3".
-    """
-    exponents = np.arange(0, config.head_dimension, 2) / config.head_dimension
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is None:
-        return frequencies.astype(np.float32)
-    scaling = config.rope_scaling
-    turns = scaling.original_length * frequencies / (2 * math.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    # 0 where a pair turns too seldom to have been seen whole, 1 where often enough.
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    return frequencies.astype(np.float32)
-
-
-def make_rotation(
-    config: DecoderConfig, position: Int[Array, "rows length"]
-) -> Callable[[Array], Array]:
-    """The rotary embedding of given positions, as a function of queries or keys."""
-    angle = position[..., None].astype(jnp.float32) * rotary_frequencies(config)
-    cosine, sine = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-
-    def rotate(heads: Float[Array, "rows length heads dimension"]) -> Array:
-        first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-        rotated = (first * cosine - second * sine, second * cosine + first * sine)
-        return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
-
-    return rotate

@@ -1,18 +1,21 @@
-"""Model families: a Hugging Face config to a `DecoderConfig`, and the weights' names.
+"""Model families: a Hugging Face config to a `DecoderConfig` and back.
 
 No setting of a config is silently ignored: each key is either read, known to say
 nothing about the numbers, or allowed only at the value at which it changes nothing.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from dpojax.models.decoder import DecoderConfig, Llama3Rope
+from dpojax.models.family_table import FAMILIES, Family
+from dpojax.models.rope_settings import KEYS, RopeSettings, read_rope
+from dpojax.models.shape import DecoderConfig
 
 # Keys that do not change what the decoder computes from token ids.
 _SILENT = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
+    "cache_implementation", "chunk_size_feed_forward",
+    "dtype", "eos_token_id", "id2label", "initializer_range",
     "is_encoder_decoder", "label2id", "max_window_layers", "model_type", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
     "return_dict", "torch_dtype", "transformers_version", "unsloth_version",
@@ -21,9 +24,8 @@ _SILENT = {
 _READ = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps",
-    "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
-    "max_position_embeddings",
-}  # fmt: skip
+    "tie_word_embeddings", "max_position_embeddings",
+} | KEYS  # fmt: skip
 # Keys whose other values would need another decoder.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -32,59 +34,15 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
     "layer_types": (None,),
     "sliding_window": (None,),
+    "use_bidirectional_attention": (None, False),
     "use_mrope": (False,),
     "quantization_config": (None,),
     "attention_bias": (False,),
 }
 
 
-class Family(NamedTuple):
-    """What distinguishes a family whose weights share the names below."""
-
-    name: str  # what transformers' classes begin with
-    qkv_bias: bool
-    ignored_when_unused: frozenset[str] = frozenset()  # inert unless a switch is on
-
-
-FAMILIES = {
-    "llama": Family("Llama", qkv_bias=False),
-    # Qwen2 states a window and layer types even where use_sliding_window is false.
-    "qwen2": Family(
-        "Qwen2",
-        qkv_bias=True,
-        ignored_when_unused=frozenset({"sliding_window", "layer_types"}),
-    ),
-}
-
-# How transformers' classes end, and the head that they put on a decoder.
+# The head on a decoder: of a causal model or, with one label, of a reward model.
 Head = Literal["vocabulary", "score"]
-_HEADS: dict[str, Head] = {
-    "ForCausalLM": "vocabulary",
-    "ForSequenceClassification": "score",  # with one label: a reward model
-}
-
-# Our path of a parameter to Hugging Face's name. A `{layer}` stands where a stacked
-# array is one tensor per layer; kernels are transposed there: [output, input].
-WEIGHT_NAMES = {
-    "embedding/embedding": "model.embed_tokens.weight",
-    "output/embedding": "lm_head.weight",
-    "score/embedding": "score.weight",
-    "norm/scale": "model.norm.weight",
-    "blocks/attention_norm/scale": "model.layers.{layer}.input_layernorm.weight",
-    "blocks/mlp_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
-} | {
-    f"blocks/{ours}/{kind}": f"model.layers.{{layer}}.{theirs}.{their_kind}"
-    for ours, theirs in {
-        "attention/query": "self_attn.q_proj",
-        "attention/key": "self_attn.k_proj",
-        "attention/value": "self_attn.v_proj",
-        "attention/output": "self_attn.o_proj",
-        "mlp/gate": "mlp.gate_proj",
-        "mlp/up": "mlp.up_proj",
-        "mlp/down": "mlp.down_proj",
-    }.items()
-    for kind, their_kind in {"kernel": "weight", "bias": "bias"}.items()
-}
 
 
 def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
@@ -99,37 +57,49 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       ValueError: for a family, a key or a value that the decoder does not have.
     """
-    family = _family(settings)
+    family = family_of(settings)
     head = _head(settings, family)
     _refuse_unsupported(settings, family)
+    known = {family.renamed.get(key, key): value for key, value in settings.items()}
+    known = {**family.defaults, **known}
     missing = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-               "intermediate_size"} - settings.keys()  # fmt: skip
+               "intermediate_size"} - known.keys()  # fmt: skip
     if missing:
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}.")
-    theta, scaling = _rope(settings)
+    rope = read_rope(known, family.theta, family.window_theta)
+    fields = _common_fields(known, rope) | family.fields(known, rope)
+    if rope.share not in (None, 1.0) and "rotary_dimension" not in fields:
+        raise ValueError(
+            f"config.json has partial_rotary_factor = {rope.share!r}; "
+            f"dpojax supports 1.0 for {family.name}."
+        )
+    return DecoderConfig(**fields, head=head)
+
+
+def _common_fields(settings: Mapping[str, Any], rope: RopeSettings) -> dict[str, Any]:
+    """What every family has."""
     num_heads = settings["num_attention_heads"]
-    return DecoderConfig(
-        vocabulary_size=settings["vocab_size"],
-        width=settings["hidden_size"],
-        num_layers=settings["num_hidden_layers"],
-        num_heads=num_heads,
-        num_key_heads=settings.get("num_key_value_heads") or num_heads,
-        head_dimension=settings.get("head_dim") or settings["hidden_size"] // num_heads,
-        mlp_width=settings["intermediate_size"],
-        norm_epsilon=settings.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        qkv_bias=family.qkv_bias,
-        tied_output=settings.get("tie_word_embeddings", False),
-        head=head,
-        max_length=settings.get("max_position_embeddings", 2048),
-        initializer_range=settings.get("initializer_range", 0.02),
-    )
+    return {
+        "vocabulary_size": settings["vocab_size"],
+        "width": settings["hidden_size"],
+        "num_layers": settings["num_hidden_layers"],
+        "num_heads": num_heads,
+        "num_key_heads": settings.get("num_key_value_heads") or num_heads,
+        "head_dimension": settings.get("head_dim")
+        or settings["hidden_size"] // num_heads,
+        "mlp_width": settings["intermediate_size"],
+        "norm_epsilon": settings.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.whole.theta,
+        "rope_scaling": rope.whole.scaling,
+        "tied_output": settings.get("tie_word_embeddings", False),
+        "max_length": settings.get("max_position_embeddings", 2048),
+        "initializer_range": settings.get("initializer_range", 0.02),
+    }
 
 
 def as_settings(config: DecoderConfig) -> dict[str, Any]:
     """The ``config.json`` of a new Llama of this shape; rotary scaling excluded."""
-    assert config.rope_scaling is None and not config.qkv_bias
+    assert config.rope_scaling is None and not config.qkv_bias and not config.window
     settings = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -152,15 +122,23 @@ def as_settings(config: DecoderConfig) -> dict[str, Any]:
 
 def as_reward_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The ``config.json`` of a reward model whose decoder is that of a causal model."""
+    architecture = next(
+        name for name, head in _heads(family_of(settings)).items() if head == "score"
+    )
     kept = {key: value for key, value in settings.items() if key != "num_labels"}
     return kept | {
-        "architectures": [f"{_family(settings).name}ForSequenceClassification"],
+        "architectures": [architecture],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }
 
 
-def _family(settings: Mapping[str, Any]) -> Family:
+def family_of(settings: Mapping[str, Any]) -> Family:
+    """The family that a config names.
+
+    Raises:
+      ValueError: if there is none of that name.
+    """
     name = settings.get("model_type")
     if name not in FAMILIES:
         raise ValueError(
@@ -169,8 +147,29 @@ def _family(settings: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
+def num_heads_of(settings: Mapping[str, Any]) -> int:
+    """How many query heads a config has, whatever its family calls them."""
+    renamed = family_of(settings).renamed
+    return next(
+        value
+        for key, value in settings.items()
+        if renamed.get(key, key) == "num_attention_heads"
+    )
+
+
+def _heads(family: Family) -> dict[str, Head]:
+    """What transformers' classes of a family are called, and their heads."""
+    classifier = family.name if family.reward_name == "" else family.reward_name
+    causal: dict[str, Head] = {f"{family.name}ForCausalLM": "vocabulary"}
+    if family.causal_name is not None:
+        causal = {family.causal_name: "vocabulary"}
+    if classifier is None:
+        return causal
+    return {**causal, f"{classifier}ForSequenceClassification": "score"}
+
+
 def _head(settings: Mapping[str, Any], family: Family) -> Head:
-    heads: dict[str, Head] = {family.name + end: head for end, head in _HEADS.items()}
+    heads = _heads(family)
     architectures = settings.get("architectures") or [next(iter(heads))]
     if len(architectures) != 1 or architectures[0] not in heads:
         raise ValueError(
@@ -193,47 +192,17 @@ def _num_labels(settings: Mapping[str, Any]) -> int:
 
 
 def _refuse_unsupported(settings: Mapping[str, Any], family: Family) -> None:
-    inert = _SILENT | _READ | family.ignored_when_unused
+    inert = (_SILENT | _READ | family.keys | family.renamed.keys()) - family.only.keys()
+    only = {**_ONLY, **family.only}
     for key, value in settings.items():
         if key in inert:
             continue
-        if key not in _ONLY:
+        if key not in only:
             raise ValueError(
                 f"config.json has {key!r} ({value!r}), which dpojax does not know and "
                 "will not ignore; remove it if it does not change the model."
             )
-        if value is not None and value not in _ONLY[key]:
+        if value is not None and value not in only[key]:
             raise ValueError(
-                f"config.json has {key} = {value!r}; dpojax supports {_ONLY[key][0]!r}."
+                f"config.json has {key} = {value!r}; dpojax supports {only[key][0]!r}."
             )
-
-
-def _rope(settings: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
-    """Base and scaling, from transformers 5's ``rope_parameters`` or the older keys."""
-    rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or settings.get("rope_theta", 10_000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", "default")
-    rope.pop("type", None)
-    if kind == "default":
-        scaling = None
-    elif kind == "llama3":
-        scaling = Llama3Rope(
-            factor=_take(rope, "factor"),
-            low_frequency_factor=_take(rope, "low_freq_factor"),
-            high_frequency_factor=_take(rope, "high_freq_factor"),
-            original_length=_take(rope, "original_max_position_embeddings"),
-        )
-    else:
-        raise ValueError(
-            f"config.json scales rotary positions by {kind!r}; "
-            "supported: 'default' and 'llama3'."
-        )
-    if rope:
-        raise ValueError(f"config.json has unknown rotary settings {sorted(rope)}.")
-    return float(theta), scaling
-
-
-def _take(rope: dict[str, Any], key: str) -> Any:
-    if key not in rope:
-        raise ValueError(f"config.json lacks the rotary setting {key}.")
-    return rope.pop(key)

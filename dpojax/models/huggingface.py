@@ -19,8 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dpojax.models.families import WEIGHT_NAMES
+from dpojax.models.families import family_of, num_heads_of
 from dpojax.models.functional import Params
+from dpojax.models.weight_places import Place, as_places
 
 Index = tuple[slice, ...]
 
@@ -80,21 +81,35 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
     Raises:
       ValueError: if a tensor is missing, left over or of another shape.
     """
+    settings = read_settings(directory)
+    places = as_places(abstract, family_of(settings), num_heads_of(settings))
     with ExitStack() as stack:
         tensors = _open(directory, stack)
-        expected: set[str] = set()
+        expected = {
+            name
+            for place in jax.tree.leaves(
+                places, is_leaf=lambda leaf: isinstance(leaf, Place)
+            )
+            for name in place.names
+        }
 
-        def read(path: tuple, wanted: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-            names = _names(path, wanted.shape)
-            expected.update(names)
-            read_slice = _slice_reader(directory, tensors, names, path, wanted)
+        def read(
+            place: Place, wanted: jax.ShapeDtypeStruct, sharding: Any
+        ) -> jax.Array:
+            read_slice = _slice_reader(directory, tensors, place, wanted)
             return jax.make_array_from_callback(wanted.shape, sharding, read_slice)
 
-        params = jax.tree.map_with_path(read, abstract, shardings)
+        params = jax.tree.map(
+            read,
+            places,
+            abstract,
+            shardings,
+            is_leaf=lambda leaf: isinstance(leaf, Place),
+        )
     surplus = {name for name in tensors if name not in expected and _matters(name)}
-    if "lm_head.weight" in surplus and not {"output", "score"} & abstract.keys():
+    if not {"output", "score"} & abstract.keys():
         # A tied model's file may hold its copy; what becomes a reward model drops it.
-        surplus.remove("lm_head.weight")
+        surplus -= {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
     if surplus:
         raise ValueError(
             f"{directory} has tensors that its config.json does not account for: "
@@ -121,12 +136,13 @@ def write_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     tensors: dict[str, np.ndarray] = {}
-    for path, array in jax.tree.leaves_with_path(params):
-        host = np.asarray(jax.device_get(array))
-        names = _names(path, host.shape)
-        layers = host if len(names) == host.shape[0] and _is_stacked(path) else [host]
-        for name, layer in zip(names, layers, strict=True):
-            tensors[name] = np.ascontiguousarray(layer.T if _is_kernel(path) else layer)
+    places = as_places(params, family_of(settings), num_heads_of(settings))
+    for place, array in zip(
+        jax.tree.leaves(places, is_leaf=lambda leaf: isinstance(leaf, Place)),
+        jax.tree.leaves(params),
+        strict=True,
+    ):
+        _put(tensors, place, np.asarray(jax.device_get(array)))
     save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
     dtype = str(next(iter(tensors.values())).dtype)
     write_settings(unfinished, settings, dtype)
@@ -140,6 +156,18 @@ def write_settings(directory: Path, settings: dict[str, Any], dtype: str) -> Non
     kept = {key: value for key, value in settings.items() if key != "torch_dtype"}
     text = json.dumps(kept | {"dtype": dtype}, indent=2, sort_keys=True)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _put(tensors: dict[str, np.ndarray], place: Place, host: np.ndarray) -> None:
+    """Adds the tensors of one array, or its part of tensors that it shares."""
+    for name, layer in zip(place.names, host if place.stacked else [host], strict=True):
+        layer = layer.T if place.transposed else layer
+        if place.outputs is None:
+            tensors[name] = np.ascontiguousarray(layer)
+            continue
+        shape = place.stored_shape(layer.shape)
+        whole = tensors.setdefault(name, np.empty(shape, layer.dtype))
+        whole[place.stored_index(place.outputs)] = layer
 
 
 def _open(directory: Path, stack: ExitStack) -> dict[str, Any]:
@@ -174,54 +202,49 @@ def _open(directory: Path, stack: ExitStack) -> dict[str, Any]:
 def _slice_reader(
     directory: Path,
     tensors: dict[str, Any],
-    names: list[str],
-    path: tuple,
+    place: Place,
     wanted: jax.ShapeDtypeStruct,
 ) -> Callable[[Any], np.ndarray]:
     """A function from an index into our array to its values, read from the files."""
-    stacked, kernel = _is_stacked(path), _is_kernel(path)
-    shape = wanted.shape[1:] if stacked else wanted.shape
-    for name in names:
+    shape = wanted.shape[1:] if place.stacked else wanted.shape
+    shape = place.stored_shape(shape[::-1] if place.transposed else shape)
+    for name in place.names:
         if name not in tensors:
             raise ValueError(f"{directory} lacks the tensor {name}.")
         found = tuple(tensors[name].get_slice(name).get_shape())
-        if found != (shape[::-1] if kernel else shape):
+        if found != shape:
             raise ValueError(
                 f"{directory}: {name} has shape {found}, but config.json asks for "
-                f"{shape[::-1] if kernel else shape}."
+                f"{shape}."
             )
 
     def read_one(name: str, index: Index) -> np.ndarray:
         view = tensors[name].get_slice(name)
-        values = view[index[::-1]].T if kernel else view[index]
-        return values.astype(wanted.dtype)
+        index = index[::-1] if place.transposed else index
+        values = _read_outputs(view, place, index)
+        return (values.T if place.transposed else values).astype(wanted.dtype)
 
     def read(index: Index) -> np.ndarray:
-        if not stacked:
-            return read_one(names[0], index)
-        return np.stack([read_one(name, index[1:]) for name in names[index[0]]])
+        if not place.stacked:
+            return read_one(place.names[0], index)
+        return np.stack([read_one(name, index[1:]) for name in place.names[index[0]]])
 
     return read
 
 
-def _path_name(path: tuple) -> str:
-    return "/".join(str(entry.key) for entry in path)
-
-
-def _is_stacked(path: tuple) -> bool:
-    return path[0].key == "blocks"
-
-
-def _is_kernel(path: tuple) -> bool:
-    return path[-1].key == "kernel"
-
-
-def _names(path: tuple, shape: tuple[int, ...]) -> list[str]:
-    name = WEIGHT_NAMES[_path_name(path)]
-    layers = range(shape[0]) if _is_stacked(path) else range(1)
-    return [name.format(layer=layer) for layer in layers]
+def _read_outputs(view: Any, place: Place, index: Index) -> np.ndarray:
+    """The slice of one tensor; of a fused one, those of its outputs that are ours."""
+    if place.outputs is None:
+        return view[index]
+    outputs = place.outputs[index[place.outputs_dimension]]
+    first = int(outputs[0])
+    stored = list(index)
+    stored[place.outputs_dimension] = slice(first, int(outputs[-1]) + 1)
+    return view[tuple(stored)][place.stored_index(outputs - first)]
 
 
 def _matters(name: str) -> bool:
-    """Old checkpoints carry rotary tables, which are computed here."""
-    return re.search(r"rotary_emb\.inv_freq$", name) is None
+    """Old checkpoints carry rotary tables and masks, which are computed here."""
+    return (
+        re.search(r"rotary_emb\.inv_freq$|att(n|ention)\.(masked_)?bias$", name) is None
+    )

@@ -1,0 +1,176 @@
+"""The parts of a decoder: a layer, its attention, its MLP and their norms.
+
+Which of them a layer has and how they are joined is the config's choice. Modules are
+given the rotation and the attention function; they know no rows, cache or mesh.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dpojax.models.shape import DecoderConfig
+
+Hidden = Float[Array, "rows length width"]
+Norm = Callable[[Array], Array]
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+class Options(NamedTuple):
+    """How a decoder computes, apart from its shape."""
+
+    compute_dtype: Any
+    param_dtype: Any
+    remat: bool
+    constrain: Callable[[Array], Array]
+
+
+class Block(nnx.Module):
+    """One layer: what attention and MLP make of the hidden states is added to them."""
+
+    def __init__(self, config: DecoderConfig, options: Options, rngs: nnx.Rngs):
+        self.config = config
+        norm = partial(make_norm, config, options, rngs, config.width)
+        if config.arrangement != "post":
+            self.attention_norm = norm()
+        self.attention = Attention(config, options, rngs)
+        if config.arrangement in ("pre", "both", "parallel"):
+            self.mlp_norm = norm()
+        self.mlp = MLP(config, options, rngs)
+        if config.arrangement in ("post", "both"):
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
+
+    def __call__(
+        self, hidden: Hidden, rotate: Callable, attend: Callable, cache: Any
+    ) -> tuple[Hidden, Any]:
+        arrangement, scale = self.config.arrangement, self.config.residual_scale
+        normed = hidden if arrangement == "post" else self.attention_norm(hidden)
+        attended, cache = self.attention(normed, rotate, attend, cache)
+        if arrangement == "parallel":
+            return hidden + attended + self.mlp(self.mlp_norm(hidden)), cache
+        if arrangement == "parallel_one_norm":
+            return hidden + attended + self.mlp(normed), cache
+        if arrangement != "pre":
+            attended = self.attention_post_norm(attended)
+        hidden += attended if scale == 1 else scale * attended
+        normed = hidden if arrangement == "post" else self.mlp_norm(hidden)
+        added = self.mlp(normed)
+        if arrangement != "pre":
+            added = self.mlp_post_norm(added)
+        return hidden + (added if scale == 1 else scale * added), cache
+
+
+class Attention(nnx.Module):
+    """Projections around a given attention function."""
+
+    def __init__(self, config: DecoderConfig, options: Options, rngs: nnx.Rngs):
+        self.config = config
+        linear = partial(make_linear, config, options, rngs)
+        query_width = config.num_heads * config.head_dimension
+        key_width = config.num_key_heads * config.head_dimension
+        self.query = linear(config.width, query_width, config.qkv_bias)
+        self.key = linear(config.width, key_width, config.qkv_bias)
+        self.value = linear(config.width, key_width, config.qkv_bias)
+        self.output = linear(query_width, config.width, config.output_bias)
+        if config.query_key_norm != "none":
+            by_head = config.query_key_norm == "head"
+            norm = partial(make_norm, config, options, rngs)
+            self.query_norm = norm(config.head_dimension if by_head else query_width)
+            self.key_norm = norm(config.head_dimension if by_head else key_width)
+
+    def __call__(
+        self, hidden: Hidden, rotate: Callable, attend: Callable, cache: Any
+    ) -> tuple[Hidden, Any]:
+        query, key = self._query_and_key(hidden)
+        value = self._as_heads(self.value(hidden))
+        attended, cache = attend(rotate(query), rotate(key), value, cache)
+        return self.output(attended.reshape(*hidden.shape[:2], -1)), cache
+
+    def _query_and_key(self, hidden: Hidden) -> tuple[Array, Array]:
+        query, key, as_heads = self.query(hidden), self.key(hidden), self._as_heads
+        if self.config.query_key_norm == "none":
+            return as_heads(query), as_heads(key)
+        if self.config.query_key_norm == "head":
+            return self.query_norm(as_heads(query)), self.key_norm(as_heads(key))
+        return as_heads(self.query_norm(query)), as_heads(self.key_norm(key))
+
+    def _as_heads(self, projected: Array) -> Array:
+        return projected.reshape(*projected.shape[:2], -1, self.config.head_dimension)
+
+
+class MLP(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``; without a gate, ``down(gelu(up(x)))``."""
+
+    def __init__(self, config: DecoderConfig, options: Options, rngs: nnx.Rngs):
+        self.config = config
+        linear = partial(make_linear, config, options, rngs)
+        if config.mlp == "gated":
+            self.gate = linear(config.width, config.mlp_width, config.mlp_bias)
+        self.up = linear(config.width, config.mlp_width, config.mlp_bias)
+        self.down = linear(config.mlp_width, config.width, config.mlp_bias)
+
+    def __call__(self, hidden: Hidden) -> Hidden:
+        activate = ACTIVATIONS[self.config.activation]
+        if self.config.mlp == "gated":
+            return self.down(activate(self.gate(hidden)) * self.up(hidden))
+        return self.down(activate(self.up(hidden)))
+
+
+class NormFromOne(nnx.Module):
+    """RMSNorm times ``1 + scale``, all of it in float32, as Gemma does."""
+
+    def __init__(self, config: DecoderConfig, options: Options, size: int):
+        self.dtype, self.epsilon = options.compute_dtype, config.norm_epsilon
+        self.scale = nnx.Param(jnp.zeros(size, options.param_dtype))
+
+    def __call__(self, hidden: Array) -> Array:
+        exact = hidden.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
+        scale = 1 + self.scale[...].astype(jnp.float32)
+        normed = exact * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * scale).astype(self.dtype)
+
+
+def make_norm(
+    config: DecoderConfig, options: Options, rngs: nnx.Rngs, size: int
+) -> Norm:
+    """The norm of the config, over `size` numbers."""
+    if config.norm == "rms_from_one":
+        return NormFromOne(config, options, size)
+    settings = {
+        "epsilon": config.norm_epsilon,
+        "dtype": options.compute_dtype,
+        "param_dtype": options.param_dtype,
+    }
+    if config.norm == "layer":
+        # The fast variance subtracts two large numbers.
+        return nnx.LayerNorm(size, use_fast_variance=False, rngs=rngs, **settings)
+    return nnx.RMSNorm(size, rngs=rngs, **settings)
+
+
+def make_linear(
+    config: DecoderConfig,
+    options: Options,
+    rngs: nnx.Rngs,
+    inputs: int,
+    outputs: int,
+    use_bias: bool = False,
+) -> nnx.Linear:
+    """A projection, its kernel ``[inputs, outputs]``."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=options.compute_dtype,
+        param_dtype=options.param_dtype,
+        kernel_init=nnx.initializers.normal(config.initializer_range),
+        rngs=rngs,
+    )

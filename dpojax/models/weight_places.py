@@ -1,0 +1,84 @@
+"""Where each parameter stands in the tensors of a file.
+
+Names, transposition, and fusion: several of our arrays may be parts of one tensor, side
+by side along its outputs. This file opens no file.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpojax.models.family_table import Family
+from dpojax.models.functional import Params
+
+
+class Place(NamedTuple):
+    """The tensors of one array: one for each layer or, if not stacked, a single one."""
+
+    names: list[str]
+    stacked: bool
+    transposed: bool
+    outputs_dimension: int  # of the tensor, the dimension that fusion divides
+    outputs: np.ndarray | None  # of a fused tensor, which are ours, ascending
+    num_outputs: int  # of the whole tensor
+
+    def stored_index(self, outputs: np.ndarray) -> tuple:
+        """Picks outputs of a stored tensor."""
+        return (slice(None),) * self.outputs_dimension + (outputs,)
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the tensor in whose layout our part has the given one."""
+        if self.outputs is None:
+            return shape
+        before = shape[: self.outputs_dimension]
+        return (*before, self.num_outputs, *shape[self.outputs_dimension + 1 :])
+
+
+def as_places(params: Params, family: Family, num_heads: int = 1) -> Params:
+    """A `Place` for each array.
+
+    Args:
+      params: nested dicts of arrays or their shapes.
+      family: whose tensors they are.
+      num_heads: in how many groups a tensor is divided that is fused by head.
+    """
+    arrays = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    sharing: dict[str, list[str]] = {}
+    for path in sorted(arrays.keys(), key=list(family.names).index):
+        sharing.setdefault(family.names[path], []).append(path)
+    groups = num_heads if family.fused_by_head else 1
+
+    def place(path: tuple, leaf: Any) -> Place:
+        name, stacked = _name(path), path[0].key == "blocks"
+        template = family.names[name]
+        layers = range(leaf.shape[0]) if stacked else range(1)
+        transposed = path[-1].key == "kernel" and family.transposed
+        sizes = {part: arrays[part].shape[-1] for part in sharing[template]}
+        fused = len(sizes) > 1
+        return Place(
+            [template.format(layer=layer) for layer in layers],
+            stacked,
+            transposed,
+            0 if transposed or path[-1].key != "kernel" else 1,
+            _outputs(sizes, name, groups) if fused else None,
+            sum(sizes.values()),
+        )
+
+    return jax.tree.map_with_path(place, params)
+
+
+def _outputs(sizes: dict[str, int], name: str, groups: int) -> np.ndarray:
+    """Which outputs of a fused tensor are one part's, within each of its groups."""
+    before = 0
+    for part, size in sizes.items():
+        if part == name:
+            break
+        before += size // groups
+    whole = sum(sizes.values()) // groups
+    inside = before + np.arange(sizes[name] // groups)
+    return (np.arange(groups)[:, None] * whole + inside).ravel()
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(entry.key) for entry in path)

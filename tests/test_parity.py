@@ -1,0 +1,329 @@
+"""Every family against transformers: logits, rows, generation, and files both ways.
+
+Tiny random models of torch on the CPU, float32. Sequences are longer than the sliding
+windows, numbers of heads are odd, and no mesh divides the vocabulary.
+"""
+
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+from safetensors.numpy import load_file
+
+from dpojax.batch import Batch
+from dpojax.data.packing import Example, as_batch
+from dpojax.generate import make_generate, pad_left
+from dpojax.log_probs import completion_log_probs, logits_of
+from dpojax.models.decoder import Model, make_model
+from dpojax.models.families import as_decoder_config
+from dpojax.models.functional import Params
+from dpojax.models.huggingface import read_params, read_settings, write_model
+
+LENGTHS = [3, 14, 9, 1]
+NUM_NEW = 12
+WINDOW = 5
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+# Name of a case: what transformers' classes begin with, and settings beside SIZES.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-linear": ("Llama", {"rope_parameters": LINEAR}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-window": (
+        "Qwen3",
+        {
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        "SmolLM3",
+        {
+            "no_rope_layers": [1, 0, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"sliding_window": WINDOW}),
+    "olmo3-yarn": (
+        "Olmo3",
+        {
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "phi3": ("Phi3", {}),
+    "phi3-window": ("Phi3", {"sliding_window": WINDOW, "hidden_size": 48}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "config": "Gemma3TextConfig",
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "gpt2": (
+        "GPT2",
+        {
+            "model": "GPT2LMHeadModel",
+            "without": ("num_key_value_heads", "intermediate_size"),
+            "n_inner": 44,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoX",
+        {"without": ("num_key_value_heads",), "hidden_size": 48},
+    ),
+    "gpt_neox-sequential": (
+        "GPTNeoX",
+        {
+            "without": ("num_key_value_heads",),
+            "hidden_size": 48,
+            "use_parallel_residual": False,
+        },
+    ),
+    "gptj": (
+        "GPTJ",
+        {"without": ("num_key_value_heads", "intermediate_size"), "rotary_dim": 4},
+    ),
+}
+
+
+class Pair(NamedTuple):
+    """One model, theirs and ours, and the directory that both are read from."""
+
+    theirs: Any
+    directory: Path
+    model: Model
+    params: Params
+
+
+@pytest.fixture(scope="module")
+def get_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function from a case to its models, each made once."""
+
+    @cache
+    def get(case: str) -> Pair:
+        theirs = make_theirs(case)
+        directory = tmp_path_factory.mktemp(case)
+        theirs.save_pretrained(directory)
+        model = make_model(as_decoder_config(read_settings(directory)), remat=False)
+        return Pair(theirs, directory, model, read(directory, model))
+
+    return get
+
+
+def read(directory: Path, model: Model) -> Params:
+    whole = SingleDeviceSharding(jax.devices()[0])
+    return read_params(
+        directory, model.params, jax.tree.map(lambda _: whole, model.params)
+    )
+
+
+def make_theirs(case: str) -> Any:
+    """A random model of transformers; biases and norms are random too."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    family, changes = CASES[case]
+    config_class = getattr(transformers, changes.get("config", f"{family}Config"))
+    model_class = getattr(transformers, changes.get("model", f"{family}ForCausalLM"))
+    without = {"config", "model", "without", *changes.get("without", ())}
+    settings = {k: v for k, v in (SIZES | changes).items() if k not in without}
+    config = config_class(**settings)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    theirs = model_class(config).eval()
+    for name, parameter in theirs.named_parameters():
+        if re.search("bias$|norm|ln_", name):
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return theirs
+
+
+def tokens_of_rows() -> np.ndarray:
+    random = np.random.default_rng(0)
+    return random.integers(3, SIZES["vocab_size"], (len(LENGTHS), max(LENGTHS)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(case: str, get_pair: Any):
+    import torch
+
+    pair: Pair = get_pair(case)
+    tokens = tokens_of_rows()
+    index = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    inside = index < np.array(LENGTHS)[:, None]
+    with torch.no_grad():
+        mask = torch.tensor(inside).long()
+        output = pair.theirs(input_ids=torch.tensor(tokens), attention_mask=mask)
+    expected = output.logits.numpy()[inside]
+    example, zeros = inside.astype(np.int32), np.zeros(tokens.shape, np.int32)
+    lengths = np.zeros((len(LENGTHS), 1, 1), np.int32)
+    batch = Batch(
+        tokens.astype(np.int32),
+        zeros,
+        index.astype(np.int32) * example,
+        example,
+        zeros,
+        lengths,
+        lengths.astype(np.float32),
+        np.ones((len(LENGTHS), 1), np.float32),
+    )
+    compute = jax.jit(lambda params: logits_of(*pair.model.apply(params, batch)))
+    found = np.asarray(compute(pair.params))[inside]
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_shared_row_gives_the_log_probs_of_separate_sequences(
+    case: str, get_pair: Any
+):
+    pair: Pair = get_pair(case)
+    random = np.random.default_rng(1)
+
+    def some(count: int) -> np.ndarray:
+        return random.integers(3, SIZES["vocab_size"], count).astype(np.int32)
+
+    prompts, completions = (some(7), some(2)), [(some(8), some(3)), (some(1), some(9))]
+    shared = [Example(p, c) for p, c in zip(prompts, completions, strict=True)]
+    apart = [
+        [Example(prompt, (completion,))]
+        for prompt, both in zip(prompts, completions, strict=True)
+        for completion in both
+    ]
+
+    def log_probs(batch: Batch) -> np.ndarray:
+        compute = jax.jit(
+            lambda params: completion_log_probs(*pair.model.apply(params, batch), batch)
+        )
+        return np.asarray(compute(pair.params)).ravel()
+
+    one = log_probs(as_batch([shared], length=40, num_slots=2))
+    several = log_probs(as_batch(apart, length=40, num_completions=1))
+    np.testing.assert_allclose(one, several, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cached_greedy_decoding_equals_that_of_transformers(case: str, get_pair: Any):
+    import torch
+
+    pair: Pair = get_pair(case)
+    generate = make_generate(
+        pair.model.extend,
+        pair.model.empty_cache,
+        eos_token=2,
+        num_new=NUM_NEW,
+        temperature=0.0,
+    )
+    rows = [row[:n].tolist() for row, n in zip(tokens_of_rows(), LENGTHS, strict=True)]
+    prompts, is_prompt = pad_left(rows, max(LENGTHS), len(rows))
+    found = generate(pair.params, prompts, is_prompt, jax.random.key(0))
+    with torch.no_grad():
+        expected = pair.theirs.generate(
+            torch.tensor(prompts).long(),
+            attention_mask=torch.tensor(is_prompt).long(),
+            max_new_tokens=NUM_NEW,
+            do_sample=False,
+            pad_token_id=2,
+        )
+    expected = expected[:, max(LENGTHS) :].numpy()
+    np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_is_written_as_transformers_wrote_it(
+    case: str, get_pair: Any, tmp_path: Path
+):
+    from transformers import AutoModelForCausalLM
+
+    pair: Pair = get_pair(case)
+    settings = read_settings(pair.directory)
+    write_model(tmp_path / "ours", pair.params, settings, lambda _: None)
+    one, other = (
+        load_file(directory / "model.safetensors")
+        for directory in (tmp_path / "ours", pair.directory)
+    )
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        np.testing.assert_array_equal(tensor, other[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "ours", output_loading_info=True
+        )
+    _, report = loaded
+    assert not any(report.values())
+
+
+@pytest.mark.parametrize("case", ["gemma2", "smollm3-window", "gpt2"])
+def test_gradients_are_finite(case: str, get_pair: Any):
+    pair: Pair = get_pair(case)
+    example = Example(np.arange(3, 9, dtype=np.int32), (np.array([5, 2], np.int32),))
+    batch = as_batch([[example]], length=12)
+
+    def total(params: Params) -> jax.Array:
+        return jnp.sum(completion_log_probs(*pair.model.apply(params, batch), batch))
+
+    for gradient in jax.tree.leaves(jax.jit(jax.grad(total))(pair.params)):
+        assert np.isfinite(gradient).all()
