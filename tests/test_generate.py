@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from dpojax import log_probs
 from dpojax.batch import Batch
 from dpojax.generate import Generate, make_generate, pad_left, trim
-from dpojax.log_probs import logits_of
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
@@ -77,7 +77,7 @@ def logits_of(model: Model, params: Params):
         supervision = jnp.zeros((1, 1, 1)), jnp.ones((1, 1))
         batch = Batch(tokens, zeros, position, example, zeros, lengths, *supervision)
         hidden, output = model.apply(params, batch)
-        return logits_of(hidden[0, last], output)
+        return log_probs.logits_of(hidden[0, last], output)
 
     def logits(sequence: list[int]) -> np.ndarray:
         tokens = jnp.array([sequence + [0] * (16 - len(sequence))], jnp.int32)
