@@ -228,6 +228,8 @@ def test_every_step_agrees_with_trls(name: str, shared: Path, tmp_path: Path):
 def compare_step(got: dict, wanted: dict, has_reference: bool, name: str) -> None:
     # TRL logs the gradient norm of an accumulated step, but sums of metrics twice as
     # wide as ours are means of means there; equal microbatches make them agree.
+    # DiscoPOP divides the margin, and its rounding, by tau = 0.05; steps add up.
+    looser = 20 if name == "discopop" else 1
     names = ["loss", "logps/chosen"]
     if has_reference:
         names += ["logps/rejected", "rewards/chosen", "rewards/rejected"]
@@ -236,12 +238,17 @@ def compare_step(got: dict, wanted: dict, has_reference: bool, name: str) -> Non
         # A small difference of two numbers carries the error of both.
         size = abs(wanted["rewards/chosen"]) + abs(wanted["rewards/rejected"])
         difference = got["rewards/margins"] - wanted["rewards/margins"]
-        assert abs(difference) <= 1e-4 * size + 2e-5
+        assert abs(difference) <= looser * (1e-4 * size + 2e-5)
     for metric in names:
         np.testing.assert_allclose(
-            got[metric], wanted[metric], rtol=1e-4, atol=2e-5, err_msg=metric
+            got[metric],
+            wanted[metric],
+            rtol=looser * 1e-4,
+            atol=looser * 2e-5,
+            err_msg=metric,
         )
-    np.testing.assert_allclose(got["grad_norm"], wanted["grad_norm"], rtol=1e-3)
+    tolerance = looser * 1e-3
+    np.testing.assert_allclose(got["grad_norm"], wanted["grad_norm"], rtol=tolerance)
     np.testing.assert_allclose(got["learning_rate"], wanted["learning_rate"], rtol=1e-6)
     if has_reference and name != "sigmoid_noref":  # ties: TRL counts them as wrong
         assert got["rewards/accuracies"] == wanted["rewards/accuracies"]
