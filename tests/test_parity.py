@@ -206,7 +206,7 @@ def tokens_of_rows() -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_those_of_transformers(case: str, get_pair: Any):
-    import torch
+    torch = pytest.importorskip("torch")
 
     pair: Pair = get_pair(case)
     tokens = tokens_of_rows()
@@ -265,7 +265,7 @@ def test_a_shared_row_gives_the_log_probs_of_separate_sequences(
 
 @pytest.mark.parametrize("case", CASES)
 def test_cached_greedy_decoding_equals_that_of_transformers(case: str, get_pair: Any):
-    import torch
+    torch = pytest.importorskip("torch")
 
     pair: Pair = get_pair(case)
     generate = make_generate(
