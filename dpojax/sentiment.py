@@ -84,6 +84,11 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
             f"The loss {loss.name!r} trains a reward model, which writes nothing; give "
             "--model and --data, or align the embedded task with another loss."
         )
+    if loss.kind == "single" and loss.name != "sft":
+        raise ValueError(
+            f"The loss {loss.name!r} forgets what it is given, and the embedded task has "
+            "only what is to be learned; give --model and --data."
+        )
     plain = TrainConfig()
     if replace(plain, **{name: vars(config)[name] for name in SETTINGS}) != config:
         raise ValueError(

@@ -45,3 +45,5 @@ def test_settings_that_the_embedded_task_does_not_have_are_refused():
         run_sentiment(TrainConfig(batch_size=3))
     with pytest.raises(ValueError, match="trains a reward model"):
         run_sentiment(TrainConfig(loss=LossConfig(name="bradley_terry")))
+    with pytest.raises(ValueError, match="forgets what it is given"):
+        run_sentiment(TrainConfig(loss=LossConfig(name="npo")))
