@@ -86,8 +86,8 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
         )
     if loss.kind == "single" and loss.name != "sft":
         raise ValueError(
-            f"The loss {loss.name!r} forgets what it is given, and the embedded task has "
-            "only what is to be learned; give --model and --data."
+            f"The loss {loss.name!r} forgets what it is given, and the embedded task "
+            "has only what is to be learned; give --model and --data."
         )
     plain = TrainConfig()
     if replace(plain, **{name: vars(config)[name] for name in SETTINGS}) != config:
