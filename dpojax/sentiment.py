@@ -5,9 +5,8 @@ which of its completions is the more positive, and DPO aligns it. Both runs are 
 ones, on files that this leaves in the run directory. This file knows no numerics.
 """
 
-import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from dpojax.progress import say, show_completions, show_table
 from dpojax.run import Result, run
 from dpojax.run_directory import default_name
 from dpojax.sharding import make_mesh, make_placement
+from dpojax.whole_files import write_json_lines
 
 NUM_REVIEWS = 6_000
 NUM_OPENINGS = 1_500  # continued to make the pairs
@@ -238,10 +238,8 @@ def _write_small_model(directory: Path, seed: int) -> None:
     write_model(directory, params, as_settings(shape), tokenizer.save_pretrained)
 
 
-def _write_lines(path: Path, rows: Iterable[Any]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    write_json_lines(path, rows)
     return str(path)
 
 
