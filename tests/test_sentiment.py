@@ -37,7 +37,7 @@ def test_dpo_raises_the_reward_and_ranks_held_out_pairs(tmp_path: Path):
     assert "0.000 ± 0.000" in line_of("KL(policy")  # before the first step
     rise = re.search(r"rose by (\d+) %", printed)
     assert rise is not None and int(rise.group(1)) >= 30
-    assert (output / "dpo" / "final" / "model.safetensors").is_file()
+    assert (output / "aligned" / "final" / "model.safetensors").is_file()
 
 
 def test_settings_that_the_embedded_task_does_not_have_are_refused():
