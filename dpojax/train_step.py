@@ -102,7 +102,7 @@ def make_train_step(
     Returns:
       ``train_step(state, reference, batch) -> (state, sums)``. The state is donated;
       the reference, parameters or None or what `roles` takes, never is. Gradients are
-      of the mean loss over the whole batch; ``grad_norm`` is their norm before clipping.
+      of the mean loss over the whole batch; ``grad_norm``: their norm before clipping.
     """
     measure = make_measure(
         apply, loss.needs, chunk_size=chunk_size, num_shards=num_shards
