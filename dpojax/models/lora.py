@@ -100,6 +100,11 @@ class Frozen(NamedTuple):
     base: Params
     adapters: Params | None = None  # the reference's; None: the base is the reference
 
+    @property
+    def reference(self) -> Params:
+        """The reference's parameters."""
+        return self.base if self.adapters is None else graft(self.base, self.adapters)
+
 
 def split_adapters(params: Params) -> tuple[Params, Params]:
     """The base, and what is trained: the adapters and a reward model's head.
@@ -164,13 +169,11 @@ def make_roles(shape: LoraShape, seed: int = 0) -> Callable[..., tuple[Params, P
     def roles(
         adapters: Params, frozen: Frozen, step: Int[Array, ""]
     ) -> tuple[Params, Params]:
-        policy, reference = graft(frozen.base, adapters), frozen.base
+        policy = graft(frozen.base, adapters)
         if shape.dropout:
             key = jax.random.fold_in(jax.random.key(seed), step)
             policy = graft(policy, _dropout_keys(adapters, key))
-        if frozen.adapters is not None:
-            reference = graft(frozen.base, frozen.adapters)
-        return policy, reference
+        return policy, frozen.reference
 
     return roles
 

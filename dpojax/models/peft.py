@@ -67,6 +67,11 @@ def read_base_name(directory: Path) -> str:
     return name
 
 
+def has_score(directory: Path) -> bool:
+    """Whether adapters come with the head of a reward model."""
+    return bool(_read_config(directory).get("modules_to_save"))
+
+
 def read_shape(directory: Path, base: Params, settings: Mapping[str, Any]) -> LoraShape:
     """Which adapters a directory holds. Their dropout was of their training alone.
 

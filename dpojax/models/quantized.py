@@ -9,6 +9,7 @@ References:
 """
 
 import math
+from collections.abc import Callable
 from types import EllipsisType
 from typing import Literal
 
@@ -60,12 +61,20 @@ def dequantize(kernel: Array | Params) -> Array:
     return qwix.dequantize(qwix.QArray(values, scale, None, kind))
 
 
-def quantize_layers(params: Params, kind: Quantization) -> Params:
-    """Quantises every stacked kernel of a tree, one layer after another."""
+def make_quantize(
+    kind: Quantization | None,
+) -> Callable[[str, Array], Array | Params]:
+    """``(path, array) -> array``; of stacked kernels it gives values and scales."""
+    if kind is None:
+        return lambda path, array: array
 
-    def convert(path: tuple, leaf: Array) -> Array | Params:
-        if path[-1].key != "kernel":
-            return leaf
-        return jax.lax.map(lambda layer: quantize(layer, kind), leaf)
+    # Layer after layer: no more than one kernel is held in float32.
+    @jax.jit
+    def quantize_stacked(array: Array) -> Params:
+        return jax.lax.map(lambda layer: quantize(layer, kind), array)
 
-    return jax.tree.map_with_path(convert, params)
+    def convert(path: str, array: Array) -> Array | Params:
+        is_kernel = path.startswith("blocks/") and path.endswith("/kernel")
+        return quantize_stacked(array) if is_kernel else array
+
+    return convert
