@@ -49,6 +49,7 @@ def _dispatch(arguments: list[str]) -> None:
     config = tyro.cli(commands, prog="dpojax", description=__doc__, args=arguments)
     # Imported here so that --help and a misspelt flag answer at once.
     from dpojax import commands as command
+    from dpojax.exporting import export
     from dpojax.run import run
     from dpojax.sampling import generate
     from dpojax.scoring import score
@@ -70,7 +71,7 @@ def _dispatch(arguments: list[str]) -> None:
         case GenerateConfig():
             generate(config)
         case ExportConfig():
-            command.export(config)
+            export(config)
 
 
 def _load_experiment(path: Path) -> TrainConfig:

@@ -1,14 +1,12 @@
-"""The commands init, eval, losses and export. Each reads its settings."""
+"""The commands init, eval and losses. Each reads its settings."""
 
 from pathlib import Path
 from typing import TypedDict
 
 import jax
 
-from dpojax.checkpoint import Checkpoints
 from dpojax.config import (
     EvalConfig,
-    ExportConfig,
     InitConfig,
     LossesConfig,
 )
@@ -24,12 +22,12 @@ from dpojax.loading import (
     new_directory,
 )
 from dpojax.models.decoder import DecoderConfig, make_model
-from dpojax.models.families import as_decoder_config, as_settings
-from dpojax.models.huggingface import read_settings, write_model
+from dpojax.models.families import as_settings
+from dpojax.models.huggingface import write_model
 from dpojax.objective_table import as_lines, as_markdown
 from dpojax.prepare import load_examples, make_configured_loss
 from dpojax.progress import say, show_table
-from dpojax.sharding import Placement, as_shardings, make_mesh, make_placement
+from dpojax.sharding import Placement, make_mesh, make_placement
 from dpojax.train_step import make_eval_step
 
 # Layers, width, heads, MLP width.
@@ -152,31 +150,6 @@ def losses(config: LossesConfig) -> None:
     say(as_markdown() if config.markdown else as_lines())
 
 
-def export(config: ExportConfig) -> Path:
-    """Writes a checkpoint's weights as a model directory.
-
-    Only the weights are read; the optimiser's state stays where it is.
-    """
-    output = new_directory(config.output)
-    frame = Path(config.run) / "model"
-    if not frame.is_dir():
-        raise ValueError(f"{config.run} is not the directory of a run of dpojax train.")
-    settings = read_settings(frame)
-    model = make_model(as_decoder_config(settings))
-    # Over all devices: what trained sharded need not fit on one of them.
-    shardings = as_shardings(model.params, make_mesh(data=1, fsdp=-1))
-    like = jax.tree.map(_with_sharding, model.params, shardings)
-    checkpoints = Checkpoints(frame.parent / "checkpoints")
-    if config.step is None and not checkpoints.steps:
-        raise ValueError(f"{config.run} has no checkpoint yet.")
-    step = checkpoints.steps[-1] if config.step is None else config.step
-    params = checkpoints.restore(step, {"params": like})["params"]
-    checkpoints.close()
-    write_model(output, params, settings, load_tokenizer(frame).save_pretrained)
-    say(f"Step {step} of {config.run} is in {output}.")
-    return output
-
-
 def _read_template(path: Path, tokenizer: Tokenizer) -> str:
     if tokenizer.chat_template is not None:
         raise ValueError(
@@ -185,9 +158,3 @@ def _read_template(path: Path, tokenizer: Tokenizer) -> str:
     if not path.is_file():
         raise ValueError(f"There is no chat template file {path}.")
     return path.read_text("utf-8")
-
-
-def _with_sharding(
-    leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
-) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from dpojax.config import TrainConfig
-from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded, load_model, load_reference, load_reward_model
 from dpojax.losses.make import Loss
+from dpojax.models.decoder import Model
 from dpojax.models.huggingface import write_model
 from dpojax.models.lora import Frozen, graft, make_roles, split_adapters
 from dpojax.models.peft import write_adapters
@@ -97,22 +97,29 @@ def default_learning_rate(loss: Loss, loaded: Loaded) -> float:
 
 
 def write_trained(
-    directory: Path, trained: Params, loaded: Loaded, tokenizer: Tokenizer
+    directory: Path,
+    trained: Params,
+    model: Model,
+    settings: dict[str, Any],
+    base_name: str,
+    write_tokenizer: Callable[[Path], object],
 ) -> None:
-    """Writes what was trained: a model's directory, or one of adapters."""
-    write_tokenizer = tokenizer.save_pretrained
-    model, settings = loaded.model, loaded.settings
+    """Writes a model's directory or, where adapters were trained, one of these.
+
+    Args:
+      directory: where; replaced if it exists.
+      trained: nested dicts of arrays.
+      model: whose they are.
+      settings: contents of ``config.json``.
+      base_name: by which adapters find their base.
+      write_tokenizer: writes the tokenizer's files into a given directory.
+    """
     if model.lora is None:
         write_model(directory, trained, settings, write_tokenizer)
     else:
+        shape, base = model.lora, model.params
         write_adapters(
-            directory,
-            trained,
-            model.lora,
-            model.params,
-            settings,
-            loaded.base,
-            write_tokenizer,
+            directory, trained, shape, base, settings, base_name, write_tokenizer
         )
 
 

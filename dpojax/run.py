@@ -244,7 +244,14 @@ def run(config: TrainConfig) -> Result:
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:
-        write_trained(directory / "final", state.params, loaded, loaded.tokenizer)
+        write_trained(
+            directory / "final",
+            state.params,
+            loaded.model,
+            loaded.settings,
+            loaded.base,
+            loaded.tokenizer.save_pretrained,
+        )
         say(f"The model is in {directory / 'final'}.")
     else:
         say(f"Stopped after step {step} of {num_steps}; continue with --resume.")

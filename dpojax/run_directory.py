@@ -21,6 +21,7 @@ from dpojax.config import TrainConfig
 from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded, new_directory
 from dpojax.models.huggingface import write_settings
+from dpojax.models.peft import write_config
 from dpojax.whole_files import write_json_lines
 
 
@@ -49,6 +50,9 @@ def write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
     frame = directory / "model"
     frame.mkdir(parents=True, exist_ok=True)
     write_settings(frame, loaded.settings, "float32")
+    model = loaded.model
+    if model.lora is not None:
+        write_config(frame, model.lora, model.params, loaded.settings, loaded.base)
     loaded.tokenizer.save_pretrained(frame)
     again = replace(config, output=None, stop_after=None)
     text = (

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpojax.cli import _load_experiment
-from dpojax.commands import evaluate_policy, export, init
+from dpojax.commands import evaluate_policy, init
 from dpojax.config import (
     EvalConfig,
     ExportConfig,
@@ -29,6 +29,7 @@ from dpojax.data.synthetic import (
 )
 from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import sample_metrics
+from dpojax.exporting import export
 from dpojax.run import Result, run
 from dpojax.run_directory import write_samples
 from dpojax.sampling import generate

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dpojax.models.adapter_layout import Layer, part_of, whole_of
-from dpojax.models.adapter_modules import Module, modules_of
+from dpojax.models.adapter_modules import Module, choose_modules, modules_of
 from dpojax.models.families import family_of
 from dpojax.models.functional import Params
 from dpojax.models.lora import LoraShape
@@ -96,13 +96,15 @@ def read_shape(directory: Path, base: Params, settings: Mapping[str, Any]) -> Lo
             f"{directory} holds no adapters of this base model, or not of every layer: "
             f"{min(wrong, default='any')} is missing or has no place there."
         )
-    return LoraShape(
-        modules=frozenset(part for module in modules for part in module.parts),
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
-        kind="dora" if config.get("use_dora") else "lora",
-        scaling="rslora" if config.get("use_rslora") else "standard",
-    )
+    return _as_shape({part for module in modules for part in module.parts}, config)
+
+
+def shape_by_targets(
+    directory: Path, base: Params, settings: Mapping[str, Any]
+) -> LoraShape:
+    """The same where there are no weights: by what the config alone says."""
+    config = _read_config(directory)
+    return _as_shape(choose_modules(config["target_modules"], base, settings), config)
 
 
 def read_adapters(
@@ -190,56 +192,71 @@ def write_adapters(
     unfinished.mkdir(parents=True)
     host = jax.device_get(adapters)
     tensors: dict[str, np.ndarray] = {}
-    modules = [
-        module
-        for module in modules_of(base, settings)
-        if not shape.modules.isdisjoint(module.parts)
-    ]
-    for module in modules:
+    for module in modules_of(base, settings):
+        if shape.modules.isdisjoint(module.parts):
+            continue
         for index, name in enumerate(module.names):
             for kind, value in whole_of(host, module, index).items():
                 tensors[_PREFIX + name + _KINDS[kind]] = np.ascontiguousarray(value)
     if "score" in host:
         tensors[_PREFIX + "score.weight"] = np.asarray(host["score"]["embedding"])
     save_file(tensors, unfinished / _WEIGHTS, metadata={"format": "pt"})
-    every = modules_of(base, settings)
-    config = _as_config(shape, modules, every) | {
-        "base_model_name_or_path": base_name,
-        "fan_in_fan_out": not family_of(settings).transposed,
-        "modules_to_save": ["classifier", "score"] if "score" in host else None,
-        "task_type": "SEQ_CLS" if "score" in host else "CAUSAL_LM",
-    }
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (unfinished / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_config(unfinished, shape, base, settings, base_name)
     write_tokenizer(unfinished)
     shutil.rmtree(directory, ignore_errors=True)
     unfinished.rename(directory)
 
 
-def _as_config(
-    shape: LoraShape, modules: list[Module], every: list[Module]
-) -> dict[str, Any]:
-    """What the config says of adapters, apart from their base."""
-    fused = {_shortest(module, modules, every): module for module in modules}
-    fused = {name: module for name, module in fused.items() if module.is_fused}
-    ranks = {name: shape.rank * len(module.parts) for name, module in fused.items()}
-    return {
+def write_config(
+    directory: Path,
+    shape: LoraShape,
+    base: Params,
+    settings: Mapping[str, Any],
+    base_name: str,
+) -> None:
+    """Writes ``adapter_config.json``; takes what `write_adapters` takes."""
+    every = modules_of(base, settings)
+    modules = [one for one in every if not shape.modules.isdisjoint(one.parts)]
+    names = {_shortest(module, modules, every): module for module in modules}
+    ranks = {
+        name: shape.rank * len(module.parts)
+        for name, module in names.items()
+        if module.is_fused
+    }
+    with_score = "score" in base
+    config = {
         "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if with_score else "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
         "r": shape.rank,
         "lora_alpha": _plain(shape.alpha),
         "lora_dropout": shape.dropout,
         "use_rslora": shape.scaling == "rslora",
         "use_dora": shape.kind == "dora",
-        "target_modules": sorted(_shortest(one, modules, every) for one in modules),
+        "target_modules": sorted(names),
         "rank_pattern": ranks,
         "alpha_pattern": {
             name: _plain(shape.scale * _divisor(shape, rank))
             for name, rank in ranks.items()
         },
+        "modules_to_save": ["classifier", "score"] if with_score else None,
+        "fan_in_fan_out": not family_of(settings).transposed,
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (directory / _CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _as_shape(modules: Iterable[str], config: Mapping[str, Any]) -> LoraShape:
+    return LoraShape(
+        modules=frozenset(modules),
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        kind="dora" if config.get("use_dora") else "lora",
+        scaling="rslora" if config.get("use_rslora") else "standard",
+    )
 
 
 def _shortest(module: Module, chosen: list[Module], every: list[Module]) -> str:
@@ -250,7 +267,7 @@ def _shortest(module: Module, chosen: list[Module], every: list[Module]) -> str:
 
 
 def _divisor(shape: LoraShape, rank: int) -> float:
-    return math.sqrt(rank) if shape.scaling == "rslora" else rank
+    return math.sqrt(rank) if shape.scaling == "rslora" else float(rank)
 
 
 def _plain(number: float) -> float | int:

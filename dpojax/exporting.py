@@ -1,0 +1,122 @@
+"""The export command: what a run trained, or adapters in their base, as a directory.
+
+This file knows no training.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from dpojax.checkpoint import Checkpoints
+from dpojax.config import ExportConfig
+from dpojax.data.tokenize import Tokenizer, load_tokenizer
+from dpojax.loading import load_model, load_reward_model, new_directory
+from dpojax.models.decoder import Model, make_model
+from dpojax.models.families import as_decoder_config
+from dpojax.models.functional import Params
+from dpojax.models.huggingface import read_settings, write_model
+from dpojax.models.lora import graft, merge_adapters, split_adapters
+from dpojax.models.peft import has_score, is_adapter, read_base_name, shape_by_targets
+from dpojax.policy import write_trained
+from dpojax.progress import say
+from dpojax.sharding import as_shardings, make_mesh
+
+
+class _Exported(NamedTuple):
+    """What is exported, but for the arrays that were trained."""
+
+    model: Model
+    trained: Params  # of a run only their shapes matter
+    base: Params | None  # of adapters
+    settings: dict[str, Any]
+    base_name: str
+    tokenizer: Tokenizer
+
+
+def export(config: ExportConfig) -> Path:
+    """Writes a checkpoint of a run as a model's directory, or as one of adapters.
+
+    Of a checkpoint only what was trained is read; the optimiser's state stays.
+
+    Raises:
+      ValueError: if there is nothing to export, or nothing to merge.
+    """
+    output, source = new_directory(config.output), Path(config.run)
+    # Over all devices: what trained sharded need not fit on one of them.
+    mesh = make_mesh(data=1, fsdp=-1)
+    if is_adapter(source):
+        if not config.merge or config.step is not None:
+            raise ValueError(
+                f"{source} holds adapters, not a run: it has no steps, and what can be "
+                "exported is the model that they make with their base, by --merge."
+            )
+        exported, label = _read_adapted(source, str(source), mesh), str(source)
+    elif (source / "model").is_dir():
+        exported, step = _read_run(source, config.step, mesh)
+        label = f"Step {step} of {source}"
+    else:
+        raise ValueError(f"{source} is not the directory of a run of dpojax train.")
+    _write(output, exported, config)
+    say(f"{label} is in {output}.")
+    return output
+
+
+def _write(output: Path, exported: _Exported, config: ExportConfig) -> None:
+    model, trained, base, settings, base_name, tokenizer = exported
+    write_tokenizer = tokenizer.save_pretrained
+    if not config.merge:
+        write_trained(output, trained, model, settings, base_name, write_tokenizer)
+        return
+    if base is None or model.lora is None:
+        raise ValueError(f"{config.run} trained all weights; leave out --merge.")
+    # One array at a time is merged, and keeps its sharding.
+    merge = jax.jit(partial(merge_adapters, shape=model.lora))
+    write_model(output, merge(graft(base, trained)), settings, write_tokenizer)
+
+
+def _read_run(source: Path, step: int | None, mesh: Mesh) -> tuple[_Exported, int]:
+    """A run's checkpoint and its step."""
+    checkpoints = Checkpoints(source / "checkpoints")
+    if step is None and not checkpoints.steps:
+        raise ValueError(f"{source} has no checkpoint yet.")
+    step = checkpoints.steps[-1] if step is None else step
+    frame = source / "model"
+    if is_adapter(frame):
+        exported = _read_adapted(frame, read_base_name(frame), mesh)
+    else:
+        settings = read_settings(frame)
+        model = make_model(as_decoder_config(settings))
+        exported = _Exported(
+            model, model.params, None, settings, str(source), load_tokenizer(frame)
+        )
+    shardings = as_shardings(exported.trained, mesh)
+    like = jax.tree.map(_abstract, exported.trained, shardings)
+    trained = checkpoints.restore(step, {"params": like})["params"]
+    checkpoints.close()
+    return exported._replace(trained=trained), step
+
+
+def _read_adapted(directory: Path, name: str, mesh: Mesh) -> _Exported:
+    """Adapters and their base; those of a run's frame are new ones of its shape."""
+    load = load_reward_model if has_score(directory) else load_model
+    new = None if name == str(directory) else partial(shape_by_targets, directory)
+    loaded = load(
+        name,
+        mesh,
+        compute_dtype="float32",
+        base_dtype="float32",
+        new_adapters=new,
+        seed=0,
+    )
+    base, trained = split_adapters(loaded.params)
+    tokenizer = loaded.tokenizer if new is None else load_tokenizer(directory)
+    return _Exported(
+        loaded.model, trained, base, loaded.settings, loaded.base, tokenizer
+    )
+
+
+def _abstract(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
