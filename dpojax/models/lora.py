@@ -178,7 +178,7 @@ def make_roles(shape: LoraShape, seed: int = 0) -> Callable[..., tuple[Params, P
     return roles
 
 
-def _flat(params: Params) -> dict[tuple[str, ...], Array]:
+def _flat(params: Params) -> dict[tuple[str, ...], Any]:
     flat: Any = flatten_dict(params)
     return flat
 
