@@ -1,5 +1,6 @@
 """What holds for every test: four virtual CPU devices, no network, shared material."""
 
+import json
 import os
 from pathlib import Path
 
@@ -33,3 +34,24 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the material in {path}; set DPOJAX_SHARED to where it is")
     return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny model and twenty pairs of the embedded reviews."""
+    from dpojax.commands import init
+    from dpojax.config import InitConfig
+    from dpojax.data.labels import label_pairs
+    from dpojax.data.synthetic import make_reviews, make_tokenizer, split_review
+
+    directory = tmp_path_factory.mktemp("run")
+    make_tokenizer().save_pretrained(directory / "tokenizer")
+    tokenizer, model = str(directory / "tokenizer"), str(directory / "model")
+    init(InitConfig(output=model, tokenizer=tokenizer, preset="tiny"))
+    reviews = [split_review(review) for review in make_reviews(96, seed=0)]
+    openings = [opening for opening, _ in reviews[::2]]
+    groups = [[a[1], b[1]] for a, b in zip(reviews[::2], reviews[1::2], strict=True)]
+    pairs = label_pairs(openings, groups)[:20]
+    text = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    (directory / "pairs.jsonl").write_text(text, encoding="utf-8")
+    return directory

@@ -21,11 +21,8 @@ from dpojax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from dpojax.data.labels import label_pairs
 from dpojax.data.synthetic import (
-    make_reviews,
     make_tokenizer,
-    split_review,
 )
 from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import sample_metrics
@@ -33,22 +30,6 @@ from dpojax.exporting import export
 from dpojax.run import Result, run
 from dpojax.run_directory import write_samples
 from dpojax.sampling import generate
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tiny model and sixteen pairs of the embedded reviews."""
-    directory = tmp_path_factory.mktemp("run")
-    make_tokenizer().save_pretrained(directory / "tokenizer")
-    tokenizer, model = str(directory / "tokenizer"), str(directory / "model")
-    init(InitConfig(output=model, tokenizer=tokenizer, preset="tiny"))
-    reviews = [split_review(review) for review in make_reviews(96, seed=0)]
-    openings = [opening for opening, _ in reviews[::2]]
-    groups = [[a[1], b[1]] for a, b in zip(reviews[::2], reviews[1::2], strict=True)]
-    pairs = label_pairs(openings, groups)[:20]
-    text = "".join(json.dumps(pair) + "\n" for pair in pairs)
-    (directory / "pairs.jsonl").write_text(text, encoding="utf-8")
-    return directory
 
 
 @pytest.fixture(scope="module")
