@@ -368,7 +368,7 @@ def adapters_of_zeros(shapes: Params) -> Params:
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantised_base_is_its_own_reference_and_adapters_learn_on_it(kind: str):
+def test_a_quantised_base_is_its_own_reference_and_adapters_learn_on_it(kind: Any):
     model = make_model(SMALL, quantization=kind, lora=SHAPE)
     _, base, adapters = adapted(SHAPE)
     convert = make_quantize(kind)

@@ -191,7 +191,7 @@ def test_we_compute_with_pefts_file_what_it_does(
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(str(tmp_path))
     assert read_base_name(tmp_path) == str(base.directory)
     shape, adapters = read(base, tmp_path)
     found = our_logits(base, shape, adapters)
