@@ -18,7 +18,7 @@ from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config, as_reward_settings
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import find_model, read_params, read_settings
-from dpojax.sharding import as_shardings, make_constrain
+from dpojax.sharding import as_shardings, make_by_shard, make_constrain
 
 
 class _Source(NamedTuple):
@@ -185,6 +185,7 @@ def _make_model(
         compute_dtype=jnp.dtype(compute_dtype or default_dtype()),
         remat=remat,
         constrain=make_constrain(mesh),
+        by_shard=make_by_shard(mesh),
     )
 
 
