@@ -30,6 +30,7 @@ from dpojax.loading import (
     load_reward_model,
 )
 from dpojax.losses.make import Loss
+from dpojax.models.families import aux_loss_coefficient
 from dpojax.models.huggingface import write_model
 from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.prepare import (
@@ -156,6 +157,7 @@ def run(config: TrainConfig) -> Result:
         chunk_size=config.chunk_size,
         num_shards=num_row_shards(mesh),
         movement=movement,
+        aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
         state_shardings=shardings,
         rows_sharding=rows_sharding(mesh),
     )
