@@ -17,7 +17,7 @@ class OptimizerConfig:
     name: Literal["adamw", "rmsprop"] = "adamw"
     """AdamW as in TRL and published runs since Zephyr; RMSprop is the DPO paper's."""
     learning_rate: float | None = None
-    """Peak rate. Default: the objective's, as `dpojax losses` prints it."""
+    """Peak rate. Default: that of `dpojax losses`; for adapters ten times it."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """What follows the warm-up: linear (TRL) or cosine to 0, or constant (paper)."""
     warmup_steps: float = 0.1
@@ -112,11 +112,31 @@ class MovingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters that are trained instead of all weights; the base is the reference."""
+
+    rank: int | None = None
+    """Rank of new adapters (TRL: 16). Default: none; of given adapters, theirs."""
+    alpha: float | None = None
+    """Over the rank, the scale of what adapters add. Default: 32 (TRL)."""
+    targets: tuple[str, ...] = ()
+    """all-linear, names such as q_proj, or a regular expression. Default: the first."""
+    kind: Literal["lora", "dora"] | None = None
+    """LoRA, or DoRA with magnitudes of outputs. Default: lora."""
+    scaling: Literal["standard", "rslora"] | None = None
+    """Alpha over the rank, or over its square root. Default: standard."""
+    dropout: float = 0.0
+    """Share of what enters adapters that is dropped in training (TRL's DPO: none)."""
+    base: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
+    """How the frozen base is kept. Default: as it computes, see `compute_dtype`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a policy. Without a model and data: the embedded sentiment task."""
 
     model: str | None = None
-    """Policy to start from: a model directory or a Hugging Face hub name."""
+    """Policy to start from: a directory of a model or of adapters, or a hub name."""
     data: tuple[str, ...] = ()
     """JSON Lines (.gz too), Parquet or Arrow files, saved directories, or hub names."""
     data_weights: tuple[float, ...] = ()
@@ -131,6 +151,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     reference: str | None = None
     """Reference model. Default: the policy as it is at step 0."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     moving: MovingConfig = field(default_factory=MovingConfig)
     pairs_from: Literal["best_worst", "all", "rso"] = "best_worst"
     """How a loss of pairs takes ranked or scored completions; rso: by rejection."""
@@ -322,8 +343,10 @@ class ExportConfig:
     """Write a checkpoint of a run as a Hugging Face model directory."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run directory."""
+    """Run directory; with --merge also a directory of adapters."""
     output: str
-    """Model directory to write; new."""
+    """Directory to write; new: a model or, of a run that trained adapters, these."""
+    merge: bool = False
+    """Fold adapters into the weights of their base, and write a model."""
     step: int | None = None
     """Step of the checkpoint. Default: the last."""

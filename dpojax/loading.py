@@ -3,10 +3,10 @@
 What every command does first. This file knows no objective and no loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,23 @@ from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config, as_reward_settings
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import find_model, read_params, read_settings
+from dpojax.models.lora import LoraShape, graft, split_adapters
+from dpojax.models.peft import has_score, is_adapter, read_base_name, read_shape
+from dpojax.models.quantized import make_quantize
+from dpojax.placing import make_adapters, place_adapters
 from dpojax.sharding import as_shardings, make_by_shard, make_constrain
+
+BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
+# The base's shapes and settings to the adapters that it is to get.
+NewAdapters = Callable[[Params, Mapping[str, Any]], LoraShape]
 
 
 class _Source(NamedTuple):
-    """A model directory but its weights."""
+    """A model directory but its weights; with adapters, that of their base."""
 
+    name: str  # of the model or, with adapters, of their base
     directory: Path
+    adapters: Path | None
     settings: dict[str, Any]
     config: DecoderConfig
     tokenizer: Tokenizer
@@ -34,22 +44,35 @@ class Loaded(NamedTuple):
     """A model ready to run."""
 
     model: Model
-    params: Params
+    params: Params  # its adapters among them, where it has any
     settings: dict[str, Any]  # contents of config.json
     tokenizer: Tokenizer
     eos_token: int
+    base: str  # name of the model or, with adapters, of their base
 
 
 def load_model(
-    name: str, mesh: Mesh, *, compute_dtype: str | None, remat: bool = False
+    name: str,
+    mesh: Mesh,
+    *,
+    compute_dtype: str | None,
+    remat: bool = False,
+    new_adapters: NewAdapters | None = None,
+    base_dtype: BaseDtype | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> Loaded:
-    """Loads a model and its tokenizer.
+    """Loads a model, or adapters with their base, and its tokenizer.
 
     Args:
-      name: a model directory or a hub name.
+      name: a directory of a model or of adapters, or a hub name.
       mesh: where the parameters go.
       compute_dtype: dtype of activations; None is bfloat16, on a CPU float32.
       remat: recompute layers in the backward pass.
+      new_adapters: decides which adapters a model gets.
+      base_dtype: how the base of adapters is kept; None: in `compute_dtype`.
+      dropout: of what enters adapters, in training.
+      seed: decides the values of new adapters.
 
     Raises:
       ValueError: for whatever in the directory is missing, damaged or unsupported, or
@@ -61,10 +84,8 @@ def load_model(
             f"{name} is a reward model, which predicts no tokens; give a causal "
             "language model here."
         )
-    model = _make_model(source.config, mesh, compute_dtype, remat)
-    shardings = as_shardings(model.params, mesh)
-    params = read_params(source.directory, model.params, shardings)
-    return _loaded(model, params, source.settings, source.tokenizer)
+    options = _Options(mesh, compute_dtype, remat, base_dtype, dropout)
+    return _load(source, options, new_adapters, seed)
 
 
 def load_reward_model(
@@ -73,6 +94,9 @@ def load_reward_model(
     *,
     compute_dtype: str | None,
     remat: bool = False,
+    new_adapters: NewAdapters | None = None,
+    base_dtype: BaseDtype | None = None,
+    dropout: float = 0.0,
     seed: int | None = None,
 ) -> Loaded:
     """Loads a reward model; or makes one of a causal model, with a new head.
@@ -82,34 +106,29 @@ def load_reward_model(
     to read the score, see `as_reward_examples`.
 
     Args:
-      name: a model directory or a hub name.
+      name: a directory of a model or of adapters, or a hub name.
       mesh: where the parameters go.
       compute_dtype: dtype of activations; None is bfloat16, on a CPU float32.
       remat: recompute layers in the backward pass.
-      seed: decides the head that a causal model gets; None: causal models are refused.
+      new_adapters: decides which adapters a model gets.
+      base_dtype: how the base of adapters is kept; None: in `compute_dtype`.
+      dropout: of what enters adapters, in training.
+      seed: decides the head that a causal model gets, and the values of new adapters;
+        None: causal models are refused.
 
     Raises:
       ValueError: as `load_model`; for a causal model without a seed.
     """
     source = _read_source(name)
-    model = _make_model(
-        replace(source.config, head="score"), mesh, compute_dtype, remat
-    )
-    if source.config.head == "score":
-        shardings = as_shardings(model.params, mesh)
-        params = read_params(source.directory, model.params, shardings)
-        return _loaded(model, params, source.settings, source.tokenizer)
-    if seed is None:
-        raise ValueError(
-            f"{name} is a causal language model, which gives no reward; train a reward "
-            "model from it first, or give one."
-        )
-    params = _with_new_head(source.directory, model, mesh, seed)
-    if source.tokenizer.pad_token_id is None:
-        source.tokenizer.pad_token = source.tokenizer.eos_token
-    padding = {"pad_token_id": source.tokenizer.pad_token_id}
-    settings = as_reward_settings(source.settings) | padding
-    return _loaded(model, params, settings, source.tokenizer)
+    if source.config.head == "vocabulary":
+        if seed is None:
+            raise ValueError(
+                f"{name} is a causal language model, which gives no reward; train a "
+                "reward model from it first, or give one."
+            )
+        source = _with_score(source)
+    options = _Options(mesh, compute_dtype, remat, base_dtype, dropout)
+    return _load(source, options, new_adapters, seed or 0)
 
 
 def as_reward_examples(examples: Sequence[Example], loaded: Loaded) -> list[Example]:
@@ -123,26 +142,28 @@ def as_reward_examples(examples: Sequence[Example], loaded: Loaded) -> list[Exam
 
 
 def load_reference(name: str, like: Loaded, mesh: Mesh) -> Params:
-    """Reads the parameters of a reference, which the policy's functions must fit.
+    """The parameters of a reference, which the policy's functions must fit.
+
+    The base of a policy's adapters is not read again: its own arrays are the reference,
+    with the reference's adapters where it has any.
 
     Raises:
-      ValueError: if it is a model of another shape.
+      ValueError: if it is a model of another shape, or has adapters of another.
     """
     directory = find_model(name)
-    wanted = like.model.config
-    # Neither of these changes what the decoder computes from given weights.
-    config = replace(
-        as_decoder_config(read_settings(directory)),
-        max_length=wanted.max_length,
-        initializer_range=wanted.initializer_range,
-    )
-    if config != wanted:
+    adapted = is_adapter(directory)
+    base_name = read_base_name(directory) if adapted else name
+    base = _read_same_shape(find_model(base_name), name, like, mesh)
+    if not adapted:
+        return base
+    wanted, settings = like.model.lora, like.settings
+    shape = read_shape(directory, like.model.params, settings)
+    if wanted is None or replace(wanted, dropout=0.0) != shape:
         raise ValueError(
-            f"The reference {name} is a model of another shape than the policy: "
-            f"{_difference(config, wanted)}."
+            f"The reference {name} has adapters of another shape than the policy's; "
+            "write it as a whole model by dpojax export --merge, or choose another."
         )
-    abstract = like.model.params
-    return read_params(directory, abstract, as_shardings(abstract, mesh))
+    return graft(base, place_adapters(directory, like.model, settings, mesh))
 
 
 def check_positions(loaded: Loaded, length: int) -> None:
@@ -168,47 +189,138 @@ def new_directory(name: str) -> Path:
     return path
 
 
+class _Options(NamedTuple):
+    """How a model is kept and computed."""
+
+    mesh: Mesh
+    compute_dtype: str | None
+    remat: bool
+    base_dtype: BaseDtype | None
+    dropout: float
+
+
 def _read_source(name: str) -> _Source:
-    directory = find_model(name)
+    directory = tokenizer_directory = find_model(name)
+    adapters = None
+    if is_adapter(directory):
+        adapters, name = directory, read_base_name(directory)
+        directory = find_model(name)
+        if not (tokenizer_directory / "tokenizer.json").is_file():
+            tokenizer_directory = directory
     settings = read_settings(directory)
     config = as_decoder_config(settings)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(tokenizer_directory)
     check_vocabulary(tokenizer, config.vocabulary_size, name)
-    return _Source(directory, settings, config, tokenizer)
+    source = _Source(name, directory, adapters, settings, config, tokenizer)
+    if adapters is not None and has_score(adapters) and config.head == "vocabulary":
+        return _with_score(source)
+    return source
 
 
-def _make_model(
-    config: DecoderConfig, mesh: Mesh, compute_dtype: str | None, remat: bool
-) -> Model:
-    return make_model(
-        config,
-        compute_dtype=jnp.dtype(compute_dtype or default_dtype()),
-        remat=remat,
-        constrain=make_constrain(mesh),
-        by_shard=make_by_shard(mesh),
+def _with_score(source: _Source) -> _Source:
+    """A reward model of a causal one, by its config and its padding token."""
+    tokenizer = source.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    padding = {"pad_token_id": tokenizer.pad_token_id}
+    return source._replace(
+        settings=as_reward_settings(source.settings) | padding,
+        config=replace(source.config, head="score"),
     )
 
 
-def _loaded(
-    model: Model, params: Params, settings: dict[str, Any], tokenizer: Tokenizer
+def _load(
+    source: _Source, options: _Options, new_adapters: NewAdapters | None, seed: int
 ) -> Loaded:
-    eos_token = tokenizer.eos_token_id
+    shape, mesh = None, options.mesh
+    abstract = make_model(source.config).params
+    if source.adapters is not None:
+        if new_adapters is not None:
+            raise ValueError(
+                f"{source.adapters} holds adapters already, which are trained further "
+                "as they are; leave out --lora.rank and what describes new ones."
+            )
+        shape = read_shape(source.adapters, abstract, source.settings)
+    elif new_adapters is not None:
+        shape = new_adapters(abstract, source.settings)
+    if shape is not None:
+        shape = replace(shape, dropout=options.dropout)
+    elif options.base_dtype is not None or options.dropout:
+        raise ValueError(
+            "--lora.base and --lora.dropout have no effect without adapters; give "
+            "--lora.rank, or a directory of adapters as --model."
+        )
+    model = _make_model(source.config, options, shape)
+    params = _read_base(source.directory, model, mesh, seed)
+    if source.adapters is not None:
+        read = place_adapters(source.adapters, model, source.settings, mesh)
+        params = graft(params, read)
+    elif shape is not None:
+        params = graft(params, make_adapters(model, params, mesh, seed))
+    eos_token = source.tokenizer.eos_token_id
     assert isinstance(eos_token, int)  # load_tokenizer refuses one without
-    return Loaded(model, params, settings, tokenizer, eos_token)
+    return Loaded(
+        model, params, source.settings, source.tokenizer, eos_token, source.name
+    )
 
 
-def _with_new_head(directory: Path, model: Model, mesh: Mesh, seed: int) -> Params:
-    """A reward model's parameters: the head made, everything else read."""
+def _make_model(
+    config: DecoderConfig, options: _Options, lora: LoraShape | None
+) -> Model:
+    compute_dtype = jnp.dtype(options.compute_dtype or default_dtype())
+    base = options.base_dtype
+    param_dtype = jnp.dtype("float32") if lora is None else compute_dtype
+    if base in ("float32", "bfloat16"):
+        param_dtype = jnp.dtype(base)
+    return make_model(
+        config,
+        compute_dtype=compute_dtype,
+        param_dtype=param_dtype,
+        remat=options.remat,
+        constrain=make_constrain(options.mesh),
+        by_shard=make_by_shard(options.mesh),
+        quantization=base if base == "int8" or base == "nf4" else None,
+        lora=lora,
+    )
+
+
+def _read_base(directory: Path, model: Model, mesh: Mesh, seed: int) -> Params:
+    """A model's parameters without adapters, its head made where the file has none."""
     shardings = as_shardings(model.params, mesh)
-    decoder = {name: leaf for name, leaf in model.params.items() if name != "score"}
-    wanted = {name: shardings[name] for name in decoder}
+    quantize = make_quantize(model.quantization)
+    has_head = as_decoder_config(read_settings(directory)).head == model.config.head
+    wanted = {
+        name: leaf for name, leaf in model.params.items() if has_head or name != "score"
+    }
+    where = {name: shardings[name] for name in wanted}
+    params = read_params(directory, wanted, where, convert=quantize)
+    if has_head:
+        return params
 
     def make_head(key: jax.Array) -> Params:
         return model.init(key)["score"]  # the compiler drops what is not returned
 
     init = jax.jit(make_head, out_shardings=shardings["score"])
-    params = read_params(directory, decoder, wanted)
     return params | {"score": init(jax.random.key(seed))}
+
+
+def _read_same_shape(directory: Path, name: str, like: Loaded, mesh: Mesh) -> Params:
+    """A reference without adapters; the policy's own arrays where it is its base."""
+    if like.model.lora is not None and directory == find_model(like.base):
+        return split_adapters(like.params)[0]
+    wanted = like.model.config
+    # Neither of these changes what the decoder computes from given weights.
+    config = replace(
+        as_decoder_config(read_settings(directory)),
+        max_length=wanted.max_length,
+        initializer_range=wanted.initializer_range,
+    )
+    if config != wanted:
+        raise ValueError(
+            f"The reference {name} is a model of another shape than the policy: "
+            f"{_difference(config, wanted)}."
+        )
+    return _read_base(directory, like.model, mesh, seed=0)
 
 
 def _difference(found: Any, wanted: Any) -> str:

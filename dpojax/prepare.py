@@ -3,20 +3,27 @@
 This file knows neither the loop nor the model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
-from typing import Literal
+from typing import Any, Literal
 
-from dpojax.config import LossConfig, MovingConfig
+import optax
+
+from dpojax.config import LoraConfig, LossConfig, MovingConfig, OptimizerConfig
 from dpojax.data.packing import Example
 from dpojax.data.records import load_records
 from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
+from dpojax.loading import NewAdapters
 from dpojax.losses.make import Loss, make_loss, split_terms
 from dpojax.losses.objective import Objective
 from dpojax.losses.table import OBJECTIVES
+from dpojax.models.adapter_modules import choose_modules
+from dpojax.models.lora import LoraShape
+from dpojax.optimizer import make_schedule
 from dpojax.progress import say
-from dpojax.reference import Movement, bema, tr_dpo
+from dpojax.reference import Movement, Params, bema, tr_dpo
 from dpojax.user_code import load_names
 
 
@@ -71,6 +78,57 @@ def make_movement(config: MovingConfig, loss: Loss) -> Movement | None:
                 f"it has {', '.join(known)}."
             )
     return {"tr_dpo": tr_dpo, "bema": bema}[config.kind](**given)
+
+
+def make_new_adapters(config: LoraConfig) -> NewAdapters | None:
+    """What decides the adapters of a model from its shapes; None if it gets none.
+
+    Raises:
+      ValueError: for a rank, alpha or dropout that cannot be, or a setting of new
+        adapters without a rank.
+    """
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"lora.dropout is {config.dropout}; it must be in [0, 1).")
+    if config.rank is None:
+        names = ("alpha", "targets", "kind", "scaling")
+        given = [name for name in names if vars(config)[name]]
+        if given:
+            raise ValueError(
+                f"--lora.{given[0]} describes new adapters; it needs --lora.rank too."
+            )
+        return None
+    alpha = 32.0 if config.alpha is None else config.alpha
+    if config.rank < 1 or alpha <= 0:
+        raise ValueError(
+            f"lora.rank is {config.rank} and lora.alpha {alpha:g}; both must be "
+            "positive."
+        )
+
+    def new_adapters(base: Params, settings: Mapping[str, Any]) -> LoraShape:
+        assert config.rank is not None
+        targets = config.targets or ("all-linear",)
+        return LoraShape(
+            modules=choose_modules(targets, base, settings),
+            rank=config.rank,
+            alpha=alpha,
+            kind=config.kind or "lora",
+            scaling=config.scaling or "standard",
+        )
+
+    return new_adapters
+
+
+def configured_schedule(
+    config: OptimizerConfig, default_rate: float, num_steps: int
+) -> optax.Schedule:
+    """The learning rate at each step of a run."""
+    warmup, rate = config.warmup_steps, config.learning_rate
+    return make_schedule(
+        config.schedule,
+        learning_rate=default_rate if rate is None else rate,
+        num_steps=num_steps,
+        warmup_steps=math.ceil(warmup * num_steps if warmup < 1 else warmup),
+    )
 
 
 def load_examples(

@@ -33,6 +33,7 @@ def make_note(
         "data": data_fingerprint,
         "optimizer": repr(config.optimizer),
         "reference": config.reference,
+        "LoRA": repr(config.lora),
         "model": config.model,
         "version": __version__,
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,29 +21,29 @@ from dpojax.data.loader import fingerprint, training_batches
 from dpojax.data.packing import Example, with_mismatched
 from dpojax.data.tokenize import Tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
-from dpojax.loading import (
-    Loaded,
-    as_reward_examples,
-    check_positions,
-    load_model,
-    load_reference,
-    load_reward_model,
-)
+from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
 from dpojax.models.families import aux_loss_coefficient
-from dpojax.models.huggingface import write_model
-from dpojax.optimizer import make_optimizer, make_schedule
+from dpojax.optimizer import make_optimizer
+from dpojax.policy import (
+    Policy,
+    default_learning_rate,
+    load_policy,
+    make_policy,
+    write_trained,
+)
 from dpojax.prepare import (
     balance_advice,
+    configured_schedule,
     load_examples,
     make_configured_loss,
     make_movement,
 )
 from dpojax.progress import say, track
-from dpojax.reference import Movement, Params, copy_params
+from dpojax.reference import Movement, Params
 from dpojax.resume import abstract, check_note, make_note
 from dpojax.run_directory import choose_directory, write_frame, write_samples
-from dpojax.run_log import drain, figures_line, summary
+from dpojax.run_log import drain, figures_line, num_parameters, summary
 from dpojax.sharding import (
     Placement,
     as_shardings,
@@ -87,7 +87,7 @@ def run(config: TrainConfig) -> Result:
     directory = choose_directory(config)
 
     # -- Model, data and reference ----------------------------------------------------
-    loaded = _load(config, loss, mesh)
+    loaded = load_policy(config, loss, mesh)
     check_positions(loaded, config.max_length)
     train = _read_examples(config, loss, loaded.tokenizer, config.train_split)
     test = _read_examples(config, loss, loaded.tokenizer, config.test_split)
@@ -99,11 +99,7 @@ def run(config: TrainConfig) -> Result:
     mismatch_within = config.max_length if "mismatched" in loss.needs else None
     if mismatch_within is not None:
         test = with_mismatched(test, mismatch_within)
-    reference = None
-    if "reference" in loss.needs and config.reference is not None:
-        reference = load_reference(config.reference, loaded, mesh)
-    elif "reference" in loss.needs:
-        reference = copy_params(loaded.params)
+    policy = make_policy(config, loss, loaded, mesh)
 
     # -- Schedule, optimiser and state ------------------------------------------------
     epochs = 1 if config.epochs is None else config.epochs
@@ -116,7 +112,9 @@ def run(config: TrainConfig) -> Result:
     stop = num_steps if config.stop_after is None else config.stop_after
     if stop > num_steps:
         raise ValueError(f"stop_after is {stop}, but the run has {num_steps} steps.")
-    schedule = _make_schedule(config, loss, num_steps)
+    schedule = configured_schedule(
+        config.optimizer, default_learning_rate(loss, loaded), num_steps
+    )
     optimizer = make_optimizer(
         config.optimizer.name,
         schedule,
@@ -126,10 +124,10 @@ def run(config: TrainConfig) -> Result:
         beta2=config.optimizer.beta2,
         epsilon=config.optimizer.epsilon,
     )
-    state = _init_state(loaded.params, optimizer, loss, movement, reference, mesh)
+    state = _init_state(policy, optimizer, loss, movement, mesh)
     shardings = jax.tree.map(lambda array: array.sharding, state)
-    if movement is not None:
-        reference = None  # the state holds it
+    # A reference that moves is in the state.
+    frozen = None if movement is not None else policy.frozen
 
     # -- Resume: the state first, then what depends on its step -----------------------
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
@@ -157,6 +155,7 @@ def run(config: TrainConfig) -> Result:
         chunk_size=config.chunk_size,
         num_shards=num_row_shards(mesh),
         movement=movement,
+        roles=policy.roles,
         aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
         state_shardings=shardings,
         rows_sharding=rows_sharding(mesh),
@@ -172,21 +171,23 @@ def run(config: TrainConfig) -> Result:
     sampled = _make_sample_writer(config, loss, loaded, test, placement, directory)
 
     def evaluated(step: int) -> dict[str, float]:
+        params = policy.whole(state.params)
         values = evaluate(
             partial(eval_step, running=state.running),
-            state.params,
-            state.moving.get("reference", reference),
+            params,
+            state.moving.get("reference", policy.reference),
             test,
             batch_size=config.batch_size,
             placement=placement,
         )
-        values |= sampled(state.params, step)
+        values |= sampled(params, step)
         log.write(step, "test", values)
         say(figures_line(f"test  step {step}", values))
         return values
 
     # -- Before the first step --------------------------------------------------------
-    say(summary(config, loaded.params, len(train), len(test), num_steps, mesh.shape))
+    counts = (num_parameters(state.params), num_parameters(loaded.params))
+    say(summary(config, counts, len(train), len(test), num_steps, mesh.shape))
     if step == 0:
         first = evaluated(0)
         last, last_at = first, 0
@@ -208,7 +209,7 @@ def run(config: TrainConfig) -> Result:
     bar = track("Training", total=num_steps, done=step)
     with closing(checkpoints), bar as advance:
         for batch in batches:
-            state, sums = train_step(state, reference, placement.put(batch))
+            state, sums = train_step(state, frozen, placement.put(batch))
             step += 1
             pending.append((step, sums))
             tokens += int(np.count_nonzero(batch.example))
@@ -225,7 +226,7 @@ def run(config: TrainConfig) -> Result:
                 values = drain(pending)
                 speeds.append(tokens / (time.perf_counter() - since))
                 values |= {
-                    "learning_rate": float(schedule(step - 1)),
+                    "learning_rate": float(np.asarray(schedule(step - 1))),
                     "epoch": min(step * config.batch_size, num_seen) / len(train),
                     "tokens_per_second": speeds[-1],
                 }
@@ -245,38 +246,25 @@ def run(config: TrainConfig) -> Result:
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:
-        write_model(
-            directory / "final",
-            state.params,
-            loaded.settings,
-            loaded.tokenizer.save_pretrained,
-        )
+        write_trained(directory / "final", state.params, loaded, loaded.tokenizer)
         say(f"The model is in {directory / 'final'}.")
     else:
         say(f"Stopped after step {step} of {num_steps}; continue with --resume.")
     return Result(directory, step, first, last, float(np.median(speeds or [np.nan])))
 
 
-def _load(config: TrainConfig, loss: Loss, mesh: Mesh) -> Loaded:
-    assert config.model is not None
-    how = {"compute_dtype": config.compute_dtype, "remat": config.remat}
-    if "reward_head" in loss.needs:
-        return load_reward_model(config.model, mesh, seed=config.seed, **how)
-    return load_model(config.model, mesh, **how)
-
-
 def _init_state(
-    params: Params,
+    policy: Policy,
     optimizer: optax.GradientTransformation,
     loss: Loss,
     movement: Movement | None,
-    reference: Params | None,
     mesh: Mesh,
 ) -> TrainState:
     """The state before the first step; the policy's own arrays are part of it."""
+    params = policy.trained
     opt_shapes = jax.eval_shape(optimizer.init, params)
     init = jax.jit(optimizer.init, out_shardings=as_shardings(opt_shapes, mesh))
-    moving = {} if movement is None else movement.init(params, reference)
+    moving = {} if movement is None else movement.init(params, policy.reference)
     step = jnp.zeros((), jnp.int32)
     state = TrainState(step, params, init(params), loss.initial_running(), moving)
     return jax.device_put(state, as_shardings(state, mesh))
@@ -358,16 +346,4 @@ def _read_examples(
         max_length=config.max_length,
         too_long=config.too_long,
         turns=config.turns,
-    )
-
-
-def _make_schedule(config: TrainConfig, loss: Loss, num_steps: int) -> Any:
-    settings = config.optimizer
-    warmup = settings.warmup_steps
-    rate = settings.learning_rate
-    return make_schedule(
-        settings.schedule,
-        learning_rate=loss.learning_rate if rate is None else rate,
-        num_steps=num_steps,
-        warmup_steps=math.ceil(warmup * num_steps if warmup < 1 else warmup),
     )

@@ -53,8 +53,8 @@ def write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
     again = replace(config, output=None, stop_after=None)
     text = (
         '"""The configuration of a run; `dpojax train` with it repeats the run."""\n\n'
-        "from dpojax.config import LossConfig, MeshConfig, MovingConfig, "
-        "OptimizerConfig, TrainConfig\n\n\n"
+        "from dpojax.config import LoraConfig, LossConfig, MeshConfig, "
+        "MovingConfig, OptimizerConfig, TrainConfig\n\n\n"
         f"def config() -> TrainConfig:\n    return {again!r}\n"
     )
     (directory / "config.py").write_text(text, encoding="utf-8")

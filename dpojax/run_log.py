@@ -50,22 +50,28 @@ def drain(pending: list[tuple[int, metrics.Sums]]) -> dict[str, float]:
     return metrics.summarize(jax.tree.map(add, *(sums for _, sums in steps)))
 
 
+def num_parameters(params: Any) -> int:
+    """How many numbers a tree of arrays holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def summary(
     config: TrainConfig,
-    params: Any,
+    counts: tuple[int, int],
     num_train: int,
     num_test: int,
     num_steps: int,
     mesh: Mapping[str, int],
 ) -> str:
-    """One line before the first step."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    """One line before the first step; `counts`: of parameters, trained and in all."""
+    trained, every = counts
+    share = "" if trained == every else f"{trained:,} of "
     axes = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
     return (
-        f"{config.loss.name} of {config.model}: {count:,} parameters, {num_train:,} "
-        f"training and {num_test:,} test examples, {num_steps:,} steps of "
-        f"{config.batch_size} "
-        f"on {jax.device_count()} {jax.default_backend()} device(s) {axes}".rstrip()
+        f"{config.loss.name} of {config.model}: {share}{every:,} parameters, "
+        f"{num_train:,} training and {num_test:,} test examples, {num_steps:,} steps "
+        f"of {config.batch_size} on {jax.device_count()} {jax.default_backend()} "
+        f"device(s) {axes}".rstrip()
     )
 
 

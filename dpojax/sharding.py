@@ -26,6 +26,10 @@ RULES = (
     (r"experts/down/kernel$", PartitionSpec(None, None, "tensor", "fsdp")),
     (r"(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
     (r"(output|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(query|key|value|gate|up)/lora/a$", PartitionSpec(None, "fsdp", None)),
+    (r"(query|key|value|gate|up)/lora/b$", PartitionSpec(None, None, "tensor")),
+    (r"(output|down)/lora/a$", PartitionSpec(None, "tensor", None)),
+    (r"(output|down)/lora/b$", PartitionSpec(None, None, "fsdp")),
     (r"(query|key|value)/bias$", PartitionSpec(None, "tensor")),
     (r"", PartitionSpec()),
 )

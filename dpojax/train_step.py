@@ -18,7 +18,7 @@ from dpojax import metrics
 from dpojax.batch import Batch
 from dpojax.log_probs import completion_kl
 from dpojax.losses.make import Loss
-from dpojax.measure import Apply, Measure, Measured, Params, make_measure
+from dpojax.measure import Apply, Measured, Params, make_measure
 from dpojax.metrics import Sums
 from dpojax.outcome_metrics import outcome_sums
 from dpojax.reference import Movement
@@ -27,13 +27,15 @@ from dpojax.routing import load_balancing_loss, over_rows
 Running = dict[str, Any]
 TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Sums]]
 EvalStep = Callable[..., Sums]  # (params, reference, batch, running=...)
+# (what is trained, what is frozen, step) -> parameters of policy and reference
+Roles = Callable[[Params, Any, Array], tuple[Params, Params | None]]
 
 
 class TrainState(NamedTuple):
     """What training changes, and a checkpoint keeps."""
 
     step: Int[Array, ""]
-    params: Params
+    params: Params  # what is trained: all weights, or adapters
     opt_state: optax.OptState
     running: Running = {}  # statistics of losses that carry any, by their names
     moving: dict[str, Params] = {}  # the reference, where it follows the policy
@@ -58,6 +60,13 @@ def init_state(
     return TrainState(step, params, optimizer.init(params), running, moving or {})
 
 
+def all_weights(
+    params: Params, reference: Params | None, step: Array
+) -> tuple[Params, Params | None]:
+    """The roles where the whole policy is trained; what is frozen is the reference."""
+    return params, reference
+
+
 def make_train_step(
     apply: Apply,
     loss: Loss,
@@ -67,6 +76,7 @@ def make_train_step(
     chunk_size: int = 512,
     num_shards: int = 1,
     movement: Movement | None = None,
+    roles: Roles = all_weights,
     aux_loss_coefficient: float = 0.0,
     state_shardings: Any = None,
     rows_sharding: Any = None,
@@ -84,6 +94,8 @@ def make_train_step(
       num_shards: ways in which the rows are divided over devices.
       movement: how the reference follows the policy; the step's own argument is None
         then, since the state holds it.
+      roles: how what is trained and what is frozen make the policy and the reference;
+        for adapters see `dpojax.models.lora.make_roles`.
       aux_loss_coefficient: how much the load-balancing loss of the model's routers
         counts beside the mean loss. It looks at the whole batch, so microbatches cost
         one more forward pass then.
@@ -93,21 +105,29 @@ def make_train_step(
 
     Returns:
       ``train_step(state, reference, batch) -> (state, sums)``. The state is donated;
-      the reference, parameters or None, never is. Gradients are of the mean loss over
-      the whole batch; ``grad_norm`` is their norm before clipping. Where the model has
-      experts, ``aux_loss`` is their routers' load-balancing loss over the real tokens
-      of the batch, whether it counts or not; ``loss`` is without it.
+      the reference, parameters or None or what `roles` takes, never is. Gradients are
+      of the mean loss over the whole batch; ``grad_norm``: their norm before clipping.
+      Where the model has experts, ``aux_loss`` is their routers' load-balancing loss
+      over the real tokens of the batch, whether it counts or not; ``loss`` is without.
     """
     measure = make_measure(
         apply, loss.needs, chunk_size=chunk_size, num_shards=num_shards
     )
-    gradient = _make_gradient(measure, loss, num_microbatches, aux_loss_coefficient)
+
+    def measure_trained(trained: Params, others: tuple, batch: Batch) -> Measured:
+        return measure(*roles(trained, *others), batch)
+
+    gradient = _make_gradient(
+        measure_trained, loss, num_microbatches, aux_loss_coefficient
+    )
 
     def train_step(
         state: TrainState, reference: Params | None, batch: Batch
     ) -> tuple[TrainState, Sums]:
         frozen = reference if movement is None else state.moving["reference"]
-        grads, sums, running = gradient(state.params, frozen, batch, state.running)
+        grads, sums, running = gradient(
+            state.params, (frozen, state.step), batch, state.running
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step, moving = state.step + 1, state.moving
@@ -209,9 +229,12 @@ def _judge(
 
 
 def _make_gradient(
-    measure: Measure, loss: Loss, num_parts: int, aux_loss_coefficient: float
+    measure: Callable, loss: Loss, num_parts: int, aux_loss_coefficient: float
 ) -> Callable[..., Any]:
-    """``(params, reference, batch, running) -> (gradient, sums, running)``."""
+    """``(params, others, batch, running) -> (gradient, sums, running)``.
+
+    `measure` takes the first three; the gradient is by the first.
+    """
 
     def judged(
         measured: Measured, batch: Batch, running: Running, by: _Denominators
@@ -229,35 +252,35 @@ def _make_gradient(
         return value, (sums, running)
 
     def of_part(
-        params: Params, reference: Params, part: Batch, running: Running, by: Any
+        params: Params, others: Any, part: Batch, running: Running, by: Any
     ) -> Any:
-        return judged(measure(params, reference, part), part, running, by)
+        return judged(measure(params, others, part), part, running, by)
 
     def whole(
-        params: Params, reference: Params, batch: Batch, running: Running
+        params: Params, others: Any, batch: Batch, running: Running
     ) -> tuple[Params, Sums, Running]:
         take = jax.grad(of_part, has_aux=True)
-        grads, aux = take(params, reference, batch, running, _denominators(batch))
+        grads, aux = take(params, others, batch, running, _denominators(batch))
         return grads, *aux
 
     def part_by_part(
-        params: Params, reference: Params, batch: Batch, running: Running
+        params: Params, others: Any, batch: Batch, running: Running
     ) -> tuple[Params, Sums, Running]:
         by = _denominators(batch)
         take = jax.grad(of_part, has_aux=True)
 
         def one(part: Batch) -> tuple[Params, Sums]:
-            grads, (sums, _) = take(params, reference, part, running, by)
+            grads, (sums, _) = take(params, others, part, running, by)
             return grads, sums
 
         return *_sum_over(one, _split_rows(batch, num_parts)), running
 
     def through_scores(
-        params: Params, reference: Params, batch: Batch, running: Running
+        params: Params, others: Any, batch: Batch, running: Running
     ) -> tuple[Params, Sums, Running]:
         """By the chain rule: all scores, their gradients, then each part's share."""
         parts = _split_rows(batch, num_parts)
-        measured = jax.lax.map(lambda part: measure(params, reference, part), parts)
+        measured = jax.lax.map(lambda part: measure(params, others, part), parts)
         measured = jax.tree.map(_join_rows, measured)
 
         def of_numbers(numbers: dict[str, Array]) -> tuple[Array, tuple]:
@@ -269,7 +292,7 @@ def _make_gradient(
         slopes = _split_rows(slopes, num_parts)
 
         def product(params: Params, part: Batch, slope: dict[str, Array]) -> Any:
-            numbers = _policy_numbers(measure(params, reference, part))
+            numbers = _policy_numbers(measure(params, others, part))
             return sum(jnp.sum(slope[name] * numbers[name]) for name in slope)
 
         grads = _sum_over(lambda two: jax.grad(product)(params, *two), (parts, slopes))

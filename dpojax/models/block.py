@@ -6,14 +6,15 @@ given the rotation and the attention function; they know no rows, cache or mesh.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dpojax.models.experts import ByShard, Experts, alone
+from dpojax.models.experts import Experts
+from dpojax.models.linear import Linear, Options
 from dpojax.models.shape import DecoderConfig
 from dpojax.routing import Choice
 
@@ -24,16 +25,6 @@ ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
-
-
-class Options(NamedTuple):
-    """How a decoder computes, apart from its shape."""
-
-    compute_dtype: Any
-    param_dtype: Any
-    remat: bool
-    constrain: Callable[[Array], Array]
-    by_shard: ByShard = alone
 
 
 class Block(nnx.Module):
@@ -98,10 +89,14 @@ class Attention(nnx.Module):
         linear = partial(make_linear, config, options, rngs)
         query_width = config.num_heads * config.head_dimension
         key_width = config.num_key_heads * config.head_dimension
-        self.query = linear(config.width, query_width, config.qkv_bias)
-        self.key = linear(config.width, key_width, config.qkv_bias)
-        self.value = linear(config.width, key_width, config.qkv_bias)
-        self.output = linear(query_width, config.width, config.output_bias)
+        self.query = linear(
+            "attention/query", config.width, query_width, config.qkv_bias
+        )
+        self.key = linear("attention/key", config.width, key_width, config.qkv_bias)
+        self.value = linear("attention/value", config.width, key_width, config.qkv_bias)
+        self.output = linear(
+            "attention/output", query_width, config.width, config.output_bias
+        )
         if config.query_key_norm != "none":
             by_head = config.query_key_norm == "head"
             norm = partial(make_norm, config, options, rngs)
@@ -135,9 +130,11 @@ class MLP(nnx.Module):
         self.config = config
         linear = partial(make_linear, config, options, rngs)
         if config.mlp == "gated":
-            self.gate = linear(config.width, config.mlp_width, config.mlp_bias)
-        self.up = linear(config.width, config.mlp_width, config.mlp_bias)
-        self.down = linear(config.mlp_width, config.width, config.mlp_bias)
+            self.gate = linear(
+                "mlp/gate", config.width, config.mlp_width, config.mlp_bias
+            )
+        self.up = linear("mlp/up", config.width, config.mlp_width, config.mlp_bias)
+        self.down = linear("mlp/down", config.mlp_width, config.width, config.mlp_bias)
 
     def __call__(self, hidden: Hidden) -> Hidden:
         activate = ACTIVATIONS[self.config.activation]
@@ -182,17 +179,18 @@ def make_linear(
     config: DecoderConfig,
     options: Options,
     rngs: nnx.Rngs,
+    path: str,
     inputs: int,
     outputs: int,
     use_bias: bool = False,
-) -> nnx.Linear:
+) -> Linear:
     """A projection, its kernel ``[inputs, outputs]``."""
-    return nnx.Linear(
+    return Linear(
+        path,
         inputs,
         outputs,
         use_bias=use_bias,
-        dtype=options.compute_dtype,
-        param_dtype=options.param_dtype,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
+        spread=config.initializer_range,
+        options=options,
         rngs=rngs,
     )

@@ -7,7 +7,9 @@ and no mesh: where activations are to be pinned, the caller passes a function fo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +20,12 @@ from jaxtyping import Array, Float, Int
 from dpojax.batch import Batch
 from dpojax.log_probs import Head, Output
 from dpojax.models.attention import Window, attention
-from dpojax.models.block import Block, Hidden, Options, make_norm
+from dpojax.models.block import Block, Hidden, make_norm
 from dpojax.models.experts import ByShard, alone
-from dpojax.models.functional import Params, as_function
+from dpojax.models.functional import Params, as_function, by_structure
+from dpojax.models.linear import Options
+from dpojax.models.lora import LoraShape, split_adapters
+from dpojax.models.quantized import Quantization
 from dpojax.models.rotary import make_rotation, rotary_tables
 from dpojax.models.shape import DecoderConfig, layer_ropes, layer_windows
 from dpojax.routing import Routing, count_choices
@@ -41,11 +46,14 @@ class Model(NamedTuple):
     config: DecoderConfig
     params: Params  # shapes and dtypes, no arrays
     init: Callable[[Array], Params]  # key -> parameters
+    init_adapters: Callable[[Array], Params]  # key -> adapters, as `lora` has them
     # (params, batch) -> hidden states [rows, length, width], and what they meet
     apply: Callable[[Params, Batch], tuple[Array, Output]]
     # (params, tokens, position, example, cache, offset) -> the same and the new cache
     extend: Callable[..., tuple[Array, Output, Cache]]
     empty_cache: Callable[[int, int], Cache]  # (rows, keys) -> cache
+    lora: LoraShape | None
+    quantization: Quantization | None
 
 
 def make_model(
@@ -56,6 +64,8 @@ def make_model(
     remat: bool = True,
     constrain: Callable[[Array], Array] = lambda hidden: hidden,
     by_shard: ByShard = alone,
+    quantization: Quantization | None = None,
+    lora: LoraShape | None = None,
 ) -> Model:
     """Builds a decoder; nothing is allocated.
 
@@ -66,18 +76,27 @@ def make_model(
       remat: recompute each layer in the backward pass instead of keeping its inside.
       constrain: pins the sharding of hidden states ``[rows, length, width]``.
       by_shard: makes experts be computed by each shard of rows for itself.
+      quantization: kernels may be quantised so, see `dpojax.models.quantized`.
+      lora: the parameters may hold such adapters, see `dpojax.models.lora`.
 
     Returns:
-      The model's functions.
+      The model's functions. They take parameters with and without adapters, and with
+      the keys of dropout; which of these a tree has decides what is computed.
     """
 
-    def make(key: Array) -> Decoder:
-        options = Options(compute_dtype, param_dtype, remat, constrain, by_shard)
+    def make(options: Options, key: Array) -> Decoder:
         return Decoder(config, options, nnx.Rngs(key))
 
-    abstract = nnx.eval_shape(make, jax.random.key(0))
-    apply, params = as_function(abstract)
-    extend, _ = as_function(abstract, Decoder.extend)
+    plain = Options(compute_dtype, param_dtype, remat, constrain, by_shard)
+    without_dropout = None if lora is None else replace(lora, dropout=0.0)
+    variants = dict.fromkeys(
+        plain._replace(quantization=kind, lora=shape)
+        for kind, shape in product((None, quantization), (None, without_dropout, lora))
+    )
+    modules = [
+        nnx.eval_shape(partial(make, options), jax.random.key(0))
+        for options in variants
+    ]
 
     def empty_cache(num_rows: int, num_keys: int) -> Cache:
         heads, dimension = config.num_key_heads, config.head_dimension
@@ -85,13 +104,26 @@ def make_model(
         zeros = partial(jnp.zeros, shape, compute_dtype)
         return Cache(zeros(), zeros())
 
+    def init(key: Array) -> Params:
+        return as_function(make(plain, key))[1]
+
+    def init_adapters(key: Array) -> Params:
+        assert lora is not None
+        options = plain._replace(lora=without_dropout)
+        return split_adapters(as_function(make(options, key))[1])[1]
+
     return Model(
-        config,
-        params,
-        lambda key: as_function(make(key))[1],
-        apply,
-        extend,
-        empty_cache,
+        config=config,
+        params=as_function(modules[0])[1],
+        init=init,
+        init_adapters=init_adapters,
+        apply=by_structure([as_function(module) for module in modules]),
+        extend=by_structure(
+            [as_function(module, Decoder.extend) for module in modules]
+        ),
+        empty_cache=empty_cache,
+        lora=lora,
+        quantization=quantization,
     )
 
 

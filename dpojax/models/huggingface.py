@@ -66,7 +66,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
+def read_params(
+    directory: Path,
+    abstract: Params,
+    shardings: Params,
+    convert: Callable[[str, jax.Array], Any] = lambda path, array: array,
+) -> Params:
     """Reads a model's weights onto devices.
 
     Args:
@@ -74,9 +79,10 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
       abstract: nested dicts of `jax.ShapeDtypeStruct`: what to read, in which dtype.
         Without any head, the decoder alone is read.
       shardings: a `jax.sharding.Sharding` for each.
+      convert: applied to each path and array as soon as it is read.
 
     Returns:
-      Nested dicts of arrays like `abstract`.
+      Nested dicts like `abstract` of what `convert` gives: the arrays.
 
     Raises:
       ValueError: if a tensor is missing, left over or of another shape.
@@ -94,12 +100,14 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
         }
 
         def read(
-            place: Place, wanted: jax.ShapeDtypeStruct, sharding: Any
-        ) -> jax.Array:
+            path: tuple, place: Place, wanted: jax.ShapeDtypeStruct, sharding: Any
+        ) -> Any:
             read_slice = _slice_reader(directory, tensors, place, wanted)
-            return jax.make_array_from_callback(wanted.shape, sharding, read_slice)
+            array = jax.make_array_from_callback(wanted.shape, sharding, read_slice)
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return convert(name, array)
 
-        params = jax.tree.map(
+        params = jax.tree.map_with_path(
             read,
             places,
             abstract,

@@ -1,0 +1,331 @@
+"""Adapters in PEFT's form: adapter_config.json and adapter_model.safetensors.
+
+Where a family fuses projections into one module, ours have an adapter each. In a file
+they are one adapter of as many times the rank: one A below the other, B in blocks. This
+file knows neither the loop nor how adapters compute.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from dpojax.models.adapter_layout import Layer, part_of, whole_of
+from dpojax.models.adapter_modules import Module, modules_of
+from dpojax.models.families import family_of
+from dpojax.models.functional import Params
+from dpojax.models.lora import LoraShape
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KINDS = {
+    "a": ".lora_A.weight",
+    "b": ".lora_B.weight",
+    "magnitude": ".lora_magnitude_vector",
+}
+# Keys that are read, or say nothing about the numbers; others must be empty.
+_KNOWN = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path",
+    "ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "target_modules", "task_type", "use_dora",
+    "use_rslora",
+}  # fmt: skip
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # Others change the base as they begin.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
+}
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds adapters instead of a model."""
+    return (directory / _CONFIG).is_file()
+
+
+def read_base_name(directory: Path) -> str:
+    """The name of the model that adapters belong to.
+
+    Raises:
+      ValueError: if the file is damaged or names none.
+    """
+    name = _read_config(directory).get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{directory / _CONFIG} names no base model (base_model_name_or_path)."
+        )
+    return name
+
+
+def has_score(directory: Path) -> bool:
+    """Whether adapters come with the head of a reward model."""
+    return bool(_read_config(directory).get("modules_to_save"))
+
+
+def read_shape(directory: Path, base: Params, settings: Mapping[str, Any]) -> LoraShape:
+    """Which adapters a directory holds. Their dropout was of their training alone.
+
+    Args:
+      directory: where they are.
+      base: parameters of the base, or their shapes.
+      settings: contents of its ``config.json``.
+
+    Raises:
+      ValueError: for adapters of another kind, or of another base.
+    """
+    config, tensors = _read_config(directory), _read_tensors(directory)
+    held = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
+    modules = [
+        module
+        for module in modules_of(base, settings)
+        if not held.isdisjoint(_PREFIX + name for name in module.names)
+    ]
+    wrong = held ^ {_PREFIX + name for module in modules for name in module.names}
+    if wrong or not held:
+        raise ValueError(
+            f"{directory} holds no adapters of this base model, or not of every layer: "
+            f"{min(wrong, default='any')} is missing or has no place there."
+        )
+    return LoraShape(
+        modules=frozenset(part for module in modules for part in module.parts),
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        kind="dora" if config.get("use_dora") else "lora",
+        scaling="rslora" if config.get("use_rslora") else "standard",
+    )
+
+
+def read_adapters(
+    directory: Path,
+    shape: LoraShape,
+    like: Params,
+    base: Params,
+    settings: Mapping[str, Any],
+) -> Params:
+    """Reads adapters onto the host.
+
+    Args:
+      directory: where they are.
+      shape: what `read_shape` says of it.
+      like: nested dicts of the adapters' shapes.
+      base: parameters of the base, or their shapes.
+      settings: contents of its ``config.json``.
+
+    Returns:
+      Nested dicts like `like`, float32.
+
+    Raises:
+      ValueError: if a tensor is missing, left over, of another shape, or not finite.
+    """
+    tensors, config = _read_tensors(directory), _read_config(directory)
+    found: dict[str, np.ndarray] = {}
+    if "score" in like:
+        found["score/embedding"] = _take(tensors, _PREFIX + "score.weight", directory)
+    kinds = _KINDS if shape.kind == "dora" else {"a": _KINDS["a"], "b": _KINDS["b"]}
+    for module in modules_of(base, settings):
+        if shape.modules.isdisjoint(module.parts):
+            continue
+        layers: list[Layer] = [
+            {
+                kind: _take(tensors, _PREFIX + name + end, directory)
+                for kind, end in kinds.items()
+            }
+            for name in module.names
+        ]
+        _check_scale(module, layers[0]["a"].shape[0], shape, config, directory)
+        for path in module.parts:
+            parts = [part_of(layer, module, path, shape.rank) for layer in layers]
+            for kind in kinds:
+                stacked = np.stack([part[kind] for part in parts])
+                found[f"blocks/{path}/lora/{kind}"] = stacked
+    if tensors:
+        raise ValueError(
+            f"{directory / _WEIGHTS} has a tensor {min(tensors)}, which has no place."
+        )
+
+    def checked(path: tuple, wanted: Any) -> np.ndarray:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if found[name].shape != wanted.shape:
+            raise ValueError(
+                f"{directory / _WEIGHTS} holds adapters of another base: {name} has "
+                f"shape {found[name].shape}, and this one asks for {wanted.shape}."
+            )
+        return found[name].astype(np.float32)
+
+    return jax.tree.map_with_path(checked, like)
+
+
+def write_adapters(
+    directory: Path,
+    adapters: Params,
+    shape: LoraShape,
+    base: Params,
+    settings: Mapping[str, Any],
+    base_name: str,
+    write_tokenizer: Callable[[Path], object],
+) -> None:
+    """Writes a directory that PEFT loads; it appears by rename.
+
+    Args:
+      directory: where; replaced if it exists.
+      adapters: nested dicts of arrays.
+      shape: what they are.
+      base: parameters of the base, or their shapes.
+      settings: contents of its ``config.json``.
+      base_name: by which the base is found again.
+      write_tokenizer: writes the tokenizer's files into a given directory.
+    """
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    host = jax.device_get(adapters)
+    tensors: dict[str, np.ndarray] = {}
+    modules = [
+        module
+        for module in modules_of(base, settings)
+        if not shape.modules.isdisjoint(module.parts)
+    ]
+    for module in modules:
+        for index, name in enumerate(module.names):
+            for kind, value in whole_of(host, module, index).items():
+                tensors[_PREFIX + name + _KINDS[kind]] = np.ascontiguousarray(value)
+    if "score" in host:
+        tensors[_PREFIX + "score.weight"] = np.asarray(host["score"]["embedding"])
+    save_file(tensors, unfinished / _WEIGHTS, metadata={"format": "pt"})
+    every = modules_of(base, settings)
+    config = _as_config(shape, modules, every) | {
+        "base_model_name_or_path": base_name,
+        "fan_in_fan_out": not family_of(settings).transposed,
+        "modules_to_save": ["classifier", "score"] if "score" in host else None,
+        "task_type": "SEQ_CLS" if "score" in host else "CAUSAL_LM",
+    }
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (unfinished / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_tokenizer(unfinished)
+    shutil.rmtree(directory, ignore_errors=True)
+    unfinished.rename(directory)
+
+
+def _as_config(
+    shape: LoraShape, modules: list[Module], every: list[Module]
+) -> dict[str, Any]:
+    """What the config says of adapters, apart from their base."""
+    fused = {_shortest(module, modules, every): module for module in modules}
+    fused = {name: module for name, module in fused.items() if module.is_fused}
+    ranks = {name: shape.rank * len(module.parts) for name, module in fused.items()}
+    return {
+        "peft_type": "LORA",
+        "r": shape.rank,
+        "lora_alpha": _plain(shape.alpha),
+        "lora_dropout": shape.dropout,
+        "use_rslora": shape.scaling == "rslora",
+        "use_dora": shape.kind == "dora",
+        "target_modules": sorted(_shortest(one, modules, every) for one in modules),
+        "rank_pattern": ranks,
+        "alpha_pattern": {
+            name: _plain(shape.scale * _divisor(shape, rank))
+            for name, rank in ranks.items()
+        },
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _shortest(module: Module, chosen: list[Module], every: list[Module]) -> str:
+    """The end of a module's name that no other one has which is not chosen."""
+    others = {one.end for one in every if one not in chosen}
+    parts = module.names[0].split(".")
+    return module.end if module.end not in others else ".".join(parts[-2:])
+
+
+def _divisor(shape: LoraShape, rank: int) -> float:
+    return math.sqrt(rank) if shape.scaling == "rslora" else rank
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object; it holds {config!r}.")
+    for key, allowed in _ONLY.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ValueError(
+                f"{path} has {key} = {config[key]!r}; dpojax reads {allowed[0]!r}."
+            )
+    for key, value in config.items():
+        if value and key not in _KNOWN | _ONLY.keys():
+            raise ValueError(
+                f"{path} has {key} = {value!r}, which dpojax does not know and will "
+                "not ignore."
+            )
+    numbers = config.get("r"), config.get("lora_alpha")
+    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+        raise ValueError(
+            f"{path} has r = {numbers[0]!r} and lora_alpha = {numbers[1]!r}; both must "
+            "be positive numbers."
+        )
+    return config
+
+
+def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    path = directory / _WEIGHTS
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} has no {_WEIGHTS}; other formats of weights are not read."
+        )
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    for name, values in tensors.items():
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise ValueError(f"{path}: {name} holds numbers that are not finite.")
+    return tensors
+
+
+def _take(tensors: dict[str, np.ndarray], name: str, directory: Path) -> np.ndarray:
+    if name not in tensors:
+        raise ValueError(f"{directory / _WEIGHTS} lacks the tensor {name}.")
+    return tensors.pop(name)
+
+
+def _check_scale(
+    module: Module,
+    rank: int,
+    shape: LoraShape,
+    config: Mapping[str, Any],
+    directory: Path,
+) -> None:
+    """Refuses modules whose rank or scale is another than the other ones'."""
+    patterns = config.get("alpha_pattern") or {}
+    alphas = [
+        alpha
+        for pattern, alpha in patterns.items()
+        if re.match(rf"(.*\.)?({pattern})$", module.names[0])
+    ]
+    scale = (alphas[0] if alphas else shape.alpha) / _divisor(shape, rank)
+    ranks = {shape.rank, shape.rank * len(module.parts)}
+    if rank not in ranks or not math.isclose(scale, shape.scale, rel_tol=1e-6):
+        raise ValueError(
+            f"{directory} gives {module.names[0]} rank {rank} and scale {scale:g}; "
+            f"dpojax reads adapters of one rank, here {shape.rank}, and one scale, "
+            f"{shape.scale:g}."
+        )

@@ -1,0 +1,128 @@
+"""What of a model is trained and what stays frozen, and how both make the policy.
+
+All weights are trained, and the reference is another model in memory; or adapters are,
+and the reference is their base, which exists once. This file knows no loop.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from dpojax.config import TrainConfig
+from dpojax.data.tokenize import Tokenizer
+from dpojax.loading import Loaded, load_model, load_reference, load_reward_model
+from dpojax.losses.make import Loss
+from dpojax.models.huggingface import write_model
+from dpojax.models.lora import Frozen, graft, make_roles, split_adapters
+from dpojax.models.peft import write_adapters
+from dpojax.prepare import make_new_adapters
+from dpojax.reference import Params, copy_params
+from dpojax.train_step import Roles, all_weights
+
+
+class Policy(NamedTuple):
+    """A model as a run trains it."""
+
+    trained: Params  # what the first step is given
+    frozen: Any  # the step's second argument
+    roles: Roles  # both, to the parameters of policy and reference
+    reference: Params | None
+    whole: Callable[[Params], Params]  # what is trained, to the policy's parameters
+
+
+def load_policy(config: TrainConfig, loss: Loss, mesh: Mesh) -> Loaded:
+    """Loads what a run starts from.
+
+    Raises:
+      ValueError: for a model, adapters or settings of these that cannot be used.
+    """
+    assert config.model is not None
+    load = load_reward_model if "reward_head" in loss.needs else load_model
+    return load(
+        config.model,
+        mesh,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        new_adapters=make_new_adapters(config.lora),
+        base_dtype=config.lora.base,
+        dropout=config.lora.dropout,
+        seed=config.seed,
+    )
+
+
+def make_policy(config: TrainConfig, loss: Loss, loaded: Loaded, mesh: Mesh) -> Policy:
+    """Divides a model into what is trained and what is frozen, its reference included.
+
+    Raises:
+      ValueError: for a reference that does not fit the policy.
+    """
+    needed, name = "reference" in loss.needs, config.reference
+    reference = None
+    if needed and name is not None:
+        reference = load_reference(name, loaded, mesh)
+    lora = loaded.model.lora
+    if lora is None:
+        if needed and reference is None:
+            reference = copy_params(loaded.params)  # the step takes the policy's own
+        return Policy(
+            loaded.params, reference, all_weights, reference, lambda params: params
+        )
+    if config.moving.kind != "none":
+        raise ValueError(
+            "A moving reference needs all weights to be trained: a mixture of adapters "
+            "is not that of the models; leave out --moving or --lora.rank."
+        )
+    base, trained = split_adapters(loaded.params)
+    adapters = None  # the reference's; without any it is the base
+    if reference is not None:
+        adapters = _adapters_of(reference, base, config, loaded.base)
+    elif needed and config.lora.rank is None:
+        adapters = copy_params(trained)
+    frozen = Frozen(base, adapters)
+    return Policy(
+        trained,
+        frozen,
+        make_roles(lora, config.seed),
+        frozen.reference if needed else None,
+        partial(graft, base),
+    )
+
+
+def default_learning_rate(loss: Loss, loaded: Loaded) -> float:
+    """The objective's; ten times it for adapters, as TRL's documentation advises."""
+    return loss.learning_rate * (1 if loaded.model.lora is None else 10)
+
+
+def write_trained(
+    directory: Path, trained: Params, loaded: Loaded, tokenizer: Tokenizer
+) -> None:
+    """Writes what was trained: a model's directory, or one of adapters."""
+    write_tokenizer = tokenizer.save_pretrained
+    model, settings = loaded.model, loaded.settings
+    if model.lora is None:
+        write_model(directory, trained, settings, write_tokenizer)
+    else:
+        write_adapters(
+            directory,
+            trained,
+            model.lora,
+            model.params,
+            settings,
+            loaded.base,
+            write_tokenizer,
+        )
+
+
+def _adapters_of(
+    reference: Params, base: Params, config: TrainConfig, base_name: str
+) -> Params | None:
+    own_base, adapters = split_adapters(reference)
+    if own_base["embedding"]["embedding"] is not base["embedding"]["embedding"]:
+        raise ValueError(
+            f"The reference of adapters is their base {base_name}, or adapters of it; "
+            f"{config.reference} is another model."
+        )
+    return adapters or None
