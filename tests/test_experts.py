@@ -22,6 +22,7 @@ from dpojax.batch import Batch
 from dpojax.config import TrainConfig
 from dpojax.data.packing import Example, as_batch
 from dpojax.data.synthetic import make_reviews, make_tokenizer
+from dpojax.loading import load_model
 from dpojax.log_probs import as_head
 from dpojax.losses.make import make_loss
 from dpojax.metrics import add, summarize
@@ -353,18 +354,22 @@ def test_devices_that_share_rows_or_experts_equal_one(
     )
 
 
-def test_no_token_leaves_its_device_to_be_sorted(params: Any):
+def test_no_token_leaves_its_device_to_be_sorted(tmp_path: Path):
     """Of all that devices exchange in a forward pass, nothing has a row's length."""
     if jax.device_count() != 4:
         pytest.skip("needs the four virtual devices that conftest asks for")
     mesh = make_mesh(2, 2, 1)
-    pinned = make_sharded(mesh, "float32")
-    shardings = as_shardings(pinned.params, mesh)
+    tokenizer = make_tokenizer()
+    settings = SETTINGS | {"vocab_size": len(tokenizer)}
+    model = make_model(as_decoder_config(settings))
+    params = jax.jit(model.init)(jax.random.key(0))
+    write_model(tmp_path / "model", params, settings, tokenizer.save_pretrained)
+    loaded = load_model(str(tmp_path / "model"), mesh, compute_dtype="float32")
     batch = make_batch(length=23)
     lowered = jax.jit(
-        lambda params, batch: pinned.apply(params, batch)[0],
-        in_shardings=(shardings, rows_sharding(mesh)),
-    ).lower(params, batch)
+        lambda params, batch: loaded.model.apply(params, batch)[0],
+        in_shardings=(as_shardings(params, mesh), rows_sharding(mesh)),
+    ).lower(loaded.params, batch)
     text = lowered.compile().as_text() or ""
     exchanged = re.findall(r"= (.*) (?:all-\w+|collective-\w+)\(", text)
     assert any(re.search(r"\[4,16,8\]", shapes) for shapes in exchanged)  # weights
