@@ -22,7 +22,7 @@ from dpojax.models.lora import LoraShape, graft, split_adapters
 from dpojax.models.peft import has_score, is_adapter, read_base_name, read_shape
 from dpojax.models.quantized import make_quantize
 from dpojax.placing import make_adapters, place_adapters
-from dpojax.sharding import as_shardings, make_constrain
+from dpojax.sharding import as_shardings, make_by_shard, make_constrain
 
 BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 # The base's shapes and settings to the adapters that it is to get.
@@ -278,6 +278,7 @@ def _make_model(
         param_dtype=param_dtype,
         remat=options.remat,
         constrain=make_constrain(options.mesh),
+        by_shard=make_by_shard(options.mesh),
         quantization=base if base == "int8" or base == "nf4" else None,
         lora=lora,
     )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.batch import Batch
+from dpojax.routing import Routing
 
 Hidden = Float[Array, "rows length width"]
 
@@ -26,15 +27,22 @@ class Head(NamedTuple):
     """An output matrix with what some models add to it.
 
     The logits are ``z = hidden matrix^T + bias``; with a cap, ``cap * tanh(z / cap)``.
+    What routers did to the batch comes along and takes no part in them.
     """
 
     matrix: Float[Array, "vocabulary width"]
     bias: Float[Array, " vocabulary"] | None = None
     cap: float | Float[Array, ""] | None = None
+    routing: Routing | None = None  # of each row; where the model has experts
 
 
 # What final hidden states meet: a matrix alone, or more.
 Output = Float[Array, "vocabulary width"] | Head
+
+
+def as_head(output: Output) -> Head:
+    """The output in its longer form."""
+    return output if isinstance(output, Head) else Head(output)
 
 
 def token_log_probs(
@@ -189,7 +197,7 @@ def logits_of(
     hidden: Float[Array, "*positions width"], output: Output
 ) -> Float[Array, "*positions vocabulary"]:
     """Logits in float32; a float32 model gets a true float32 product on every chip."""
-    head = output if isinstance(output, Head) else Head(output)
+    head = as_head(output)
     exact = hidden.dtype == jnp.float32
     logits = jnp.einsum(
         "...w,vw->...v",

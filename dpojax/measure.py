@@ -5,7 +5,7 @@ that it does not ask for. This file knows no loss and no optimiser.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array
 from dpojax.batch import Batch
 from dpojax.log_probs import (
     Output,
+    as_head,
     completion_kl,
     completion_log_sum_squares,
     in_shared_prefix,
@@ -23,13 +24,22 @@ from dpojax.log_probs import (
 from dpojax.losses.objective import Need
 from dpojax.losses.scores import Scores
 from dpojax.rewards import completion_rewards
+from dpojax.routing import Routing
 
 Params = Any
 # (params, batch) -> hidden states [rows, length, width], and the output matrix
 # [vocabulary, width] or a `Head`
 Apply = Callable[[Params, Batch], tuple[Array, Any]]
-# (params, reference, batch) -> scores, each [rows, slots, completions]
-Measure = Callable[[Params, Params | None, Batch], Scores]
+
+
+class Measured(NamedTuple):
+    """What a model makes of a batch."""
+
+    scores: Scores  # each [rows, slots, completions]
+    routing: Routing | None  # of the policy, each row's; where it has experts
+
+
+Measure = Callable[[Params, Params | None, Batch], Measured]  # of policy and reference
 
 
 def make_measure(
@@ -54,7 +64,7 @@ def make_measure(
         inside = jnp.where(in_shared_prefix(batch), per_token, 0.0)
         return whole, sum_completions(inside, batch)
 
-    def measure(params: Params, reference: Params | None, batch: Batch) -> Scores:
+    def measure(params: Params, reference: Params | None, batch: Batch) -> Measured:
         policy = apply(params, batch)
         if "reward_head" in needs:
             whole, prefix = completion_rewards(*policy, batch), None
@@ -80,6 +90,6 @@ def make_measure(
             if "token_kl" in needs:
                 kl = completion_kl(frozen, policy, batch, **how)
                 scores = scores._replace(token_kl=kl)
-        return scores
+        return Measured(scores, as_head(policy[1]).routing)
 
     return measure

@@ -1,9 +1,10 @@
 """What is measured, as sums that add up over microbatches and devices; where it goes.
 
 A metric is a numerator and a denominator until it is printed: the mean over a batch
-does not depend on how the batch was split. Names are TRL's where TRL has one. Two
+does not depend on how the batch was split. Names are TRL's where TRL has one. Three
 definitions differ: a tie counts one half in ``rewards/accuracies`` (TRL: nothing, so
-that a fresh policy starts at 0), and rewards of an empty slot count nowhere.
+that a fresh policy starts at 0), rewards of an empty slot count nowhere, and ``loss``
+is without the ``aux_loss`` of routers, whether that is trained on or not.
 """
 
 import json
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from dpojax.routing import Routing, load_balancing_loss
 
 
 class Ratio(NamedTuple):
@@ -57,7 +60,7 @@ class LossSums(NamedTuple):
     tokens: Ratio
 
 
-Metric = Ratio | Moments | Correlation | MeanDifference | LossSums
+Metric = Ratio | Moments | Correlation | MeanDifference | LossSums | Routing
 Sums = dict[str, Any]  # of Metric
 
 
@@ -144,6 +147,8 @@ def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
                 values[name + "_se"] = _standard_error(entry)
             case Ratio():
                 values[name] = _quotient(entry.total, entry.count)
+            case Routing():
+                values[name] = float(load_balancing_loss(entry))
             case Correlation():
                 values[name] = _pearson(entry)
             case MeanDifference(first, second):

@@ -13,19 +13,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dpojax.batch import Batch
-from dpojax.log_probs import sum_completions
+from dpojax.log_probs import Head, as_head, sum_completions
 
 
 def completion_rewards(
     hidden: Float[Array, "rows length width"],
-    head: Float[Array, "1 width"],
+    head: Float[Array, "1 width"] | Head,
     batch: Batch,
 ) -> Float[Array, "rows slots completions"]:
     """Reward of each completion: ``w . h`` at the last position of its branch.
 
     Args:
       hidden: final hidden states ``[rows, length, width]``.
-      head: the weights of the scalar head ``[1, width]``.
+      head: the weights of the scalar head ``[1, width]``, alone or in a `Head`.
       batch: the rows that the hidden states belong to.
 
     Returns:
@@ -40,7 +40,7 @@ def completion_rewards(
     per_position = jnp.einsum(
         "rlw,w->rl",
         read,
-        head[0].astype(jnp.float32),
+        as_head(head).matrix[0].astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
     return sum_completions(per_position, batch)

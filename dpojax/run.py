@@ -23,6 +23,7 @@ from dpojax.data.tokenize import Tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
+from dpojax.models.families import aux_loss_coefficient
 from dpojax.optimizer import make_optimizer
 from dpojax.policy import (
     Policy,
@@ -155,6 +156,7 @@ def run(config: TrainConfig) -> Result:
         num_shards=num_row_shards(mesh),
         movement=movement,
         roles=policy.roles,
+        aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
         state_shardings=shardings,
         rows_sharding=rows_sharding(mesh),
     )

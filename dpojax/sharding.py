@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -20,6 +21,9 @@ ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch, and of activations
 RULES = (
     (r"score/embedding$", PartitionSpec()),  # one row: not worth gathering
     (r"embedding$", PartitionSpec("tensor", "fsdp")),
+    # Every device has a part of every expert; a router is too small to be gathered.
+    (r"experts/(gate|up)/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),
+    (r"experts/down/kernel$", PartitionSpec(None, None, "tensor", "fsdp")),
     (r"(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
     (r"(output|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"(query|key|value|gate|up)/lora/a$", PartitionSpec(None, "fsdp", None)),
@@ -99,6 +103,54 @@ def make_placement(mesh: Mesh) -> Placement:
 def num_row_shards(mesh: Mesh) -> int:
     """How many ways the rows of a batch are divided."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def make_by_shard(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes functions of weights and rows be computed by each shard of rows for itself.
+
+    What is sorted or grouped inside, no token leaves its device for it. The function
+    takes weights, gathered whole but for ``tensor``, and arrays whose rows come first;
+    it returns such arrays.
+    """
+    axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
+    rows = PartitionSpec(axes)
+
+    def by_shard(function: Callable[..., Any]) -> Callable[..., Any]:
+        if not axes:
+            return function
+        return jax.shard_map(
+            lambda weights, arrays: function(_spread(weights, axes), arrays),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), rows),
+            out_specs=rows,
+            axis_names=set(axes),
+        )
+
+    return by_shard
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _spread(weights: Any, axes: tuple[str, ...]) -> Any:
+    """Weights as each shard's own; their gradients are summed in float32.
+
+    In bfloat16 the sum over many shards would be inexact, and XLA's compiler for CPUs
+    ends the process over it.
+    """
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), weights)
+
+
+def _spread_forward(weights: Any, axes: tuple[str, ...]) -> tuple[Any, None]:
+    return _spread(weights, axes), None
+
+
+def _spread_backward(axes: tuple[str, ...], _: None, slopes: Any) -> tuple[Any]:
+    def total(slope: jax.Array) -> jax.Array:
+        return jax.lax.psum(slope.astype(jnp.float32), axes).astype(slope.dtype)
+
+    return (jax.tree.map(total, slopes),)
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 def make_constrain(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:

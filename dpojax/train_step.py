@@ -18,11 +18,11 @@ from dpojax import metrics
 from dpojax.batch import Batch
 from dpojax.log_probs import completion_kl
 from dpojax.losses.make import Loss
-from dpojax.losses.scores import Scores
-from dpojax.measure import Apply, Params, make_measure
+from dpojax.measure import Apply, Measured, Params, make_measure
 from dpojax.metrics import Sums
 from dpojax.outcome_metrics import outcome_sums
 from dpojax.reference import Movement
+from dpojax.routing import load_balancing_loss, over_rows
 
 Running = dict[str, Any]
 TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Sums]]
@@ -77,6 +77,7 @@ def make_train_step(
     num_shards: int = 1,
     movement: Movement | None = None,
     roles: Roles = all_weights,
+    aux_loss_coefficient: float = 0.0,
     state_shardings: Any = None,
     rows_sharding: Any = None,
 ) -> TrainStep:
@@ -95,6 +96,9 @@ def make_train_step(
         then, since the state holds it.
       roles: how what is trained and what is frozen make the policy and the reference;
         for adapters see `dpojax.models.lora.make_roles`.
+      aux_loss_coefficient: how much the load-balancing loss of the model's routers
+        counts beside the mean loss. It looks at the whole batch, so microbatches cost
+        one more forward pass then.
       state_shardings: a sharding for each array of the state. Given, the compiler
         cannot move an array between steps and compile again for the next.
       rows_sharding: the sharding of a batch.
@@ -103,15 +107,19 @@ def make_train_step(
       ``train_step(state, reference, batch) -> (state, sums)``. The state is donated;
       the reference, parameters or None or what `roles` takes, never is. Gradients are
       of the mean loss over the whole batch; ``grad_norm``: their norm before clipping.
+      Where the model has experts, ``aux_loss`` is their routers' load-balancing loss
+      over the real tokens of the batch, whether it counts or not; ``loss`` is without.
     """
     measure = make_measure(
         apply, loss.needs, chunk_size=chunk_size, num_shards=num_shards
     )
 
-    def measure_trained(trained: Params, others: tuple, batch: Batch) -> Scores:
+    def measure_trained(trained: Params, others: tuple, batch: Batch) -> Measured:
         return measure(*roles(trained, *others), batch)
 
-    gradient = _make_gradient(measure_trained, loss, num_microbatches)
+    gradient = _make_gradient(
+        measure_trained, loss, num_microbatches, aux_loss_coefficient
+    )
 
     def train_step(
         state: TrainState, reference: Params | None, batch: Batch
@@ -126,6 +134,9 @@ def make_train_step(
         if movement is not None:
             moving = movement.update(moving, params, step)
         sums["grad_norm"] = metrics.Ratio(optax.tree.norm(grads), jnp.ones(()))
+        if "aux_loss" in sums:  # of this step's tokens, not of those of several steps
+            balance = load_balancing_loss(sums["aux_loss"])
+            sums["aux_loss"] = metrics.Ratio(balance, jnp.ones(()))
         return TrainState(step, params, opt_state, running, moving), sums
 
     if state_shardings is None:
@@ -147,7 +158,8 @@ def make_eval_step(
 ) -> EvalStep:
     """Builds ``eval_step(params, reference, batch, running={}) -> sums``, jitted.
 
-    Statistics that a loss carries are used as they are, and not changed.
+    Statistics that a loss carries are used as they are, and not changed. Of a model
+    with experts, ``aux_loss`` is that of the tokens of all batches together.
     """
     measure = make_measure(
         apply, loss.needs, chunk_size=chunk_size, num_shards=num_shards
@@ -159,9 +171,9 @@ def make_eval_step(
         batch: Batch,
         running: Running | None = None,
     ) -> Sums:
-        scores = measure(params, reference, batch)
+        measured = measure(params, reference, batch)
         running = loss.initial_running() if running is None else running
-        return _judge(loss, scores, batch, running, _denominators(batch))[1]
+        return _judge(loss, measured, batch, running, _denominators(batch))[1]
 
     return jax.jit(eval_step)
 
@@ -200,9 +212,10 @@ def _denominators(batch: Batch) -> _Denominators:
 
 
 def _judge(
-    loss: Loss, scores: Scores, batch: Batch, running: Running, by: _Denominators
+    loss: Loss, measured: Measured, batch: Batch, running: Running, by: _Denominators
 ) -> tuple[Array, Sums]:
     """The loss of a batch or of a part of it, already divided, and every metric."""
+    scores, routing = measured
     outcomes = loss(scores, running)
     weight = jnp.asarray(batch.weight)
     examples, tokens = loss.total(outcomes)
@@ -211,21 +224,31 @@ def _judge(
     value = jnp.sum(weight * jnp.where(live, examples, 0.0)) / by.examples
     if tokens is not None:
         value += jnp.sum(weight * jnp.where(live, tokens, 0.0)) / by.tokens
-    return value, outcome_sums(loss, outcomes, scores, weight)
+    sums = outcome_sums(loss, outcomes, scores, weight)
+    return value, sums if routing is None else sums | {"aux_loss": over_rows(routing)}
 
 
-def _make_gradient(measure: Callable, loss: Loss, num_parts: int) -> Callable[..., Any]:
+def _make_gradient(
+    measure: Callable, loss: Loss, num_parts: int, aux_loss_coefficient: float
+) -> Callable[..., Any]:
     """``(params, others, batch, running) -> (gradient, sums, running)``.
 
     `measure` takes the first three; the gradient is by the first.
     """
 
     def judged(
-        scores: Scores, batch: Batch, running: Running, by: _Denominators
+        measured: Measured, batch: Batch, running: Running, by: _Denominators
     ) -> tuple[Array, tuple[Sums, Running]]:
-        constant = jax.lax.stop_gradient(scores)
+        constant = jax.lax.stop_gradient(measured.scores)
         running = loss.update_running(running, constant)
-        value, sums = _judge(loss, scores, batch, running, by)
+        value, sums = _judge(loss, measured, batch, running, by)
+        if aux_loss_coefficient != 0:
+            if measured.routing is None:
+                raise ValueError(
+                    f"aux_loss_coefficient is {aux_loss_coefficient}, but the model "
+                    "has no routers; leave it 0."
+                )
+            value += aux_loss_coefficient * load_balancing_loss(sums["aux_loss"])
         return value, (sums, running)
 
     def of_part(
@@ -257,15 +280,15 @@ def _make_gradient(measure: Callable, loss: Loss, num_parts: int) -> Callable[..
     ) -> tuple[Params, Sums, Running]:
         """By the chain rule: all scores, their gradients, then each part's share."""
         parts = _split_rows(batch, num_parts)
-        scores = jax.lax.map(lambda part: measure(params, others, part), parts)
-        scores = jax.tree.map(_join_rows, scores)
+        measured = jax.lax.map(lambda part: measure(params, others, part), parts)
+        measured = jax.tree.map(_join_rows, measured)
 
         def of_numbers(numbers: dict[str, Array]) -> tuple[Array, tuple]:
-            replaced = scores._replace(**numbers)
+            replaced = _with_numbers(measured, numbers)
             return judged(replaced, batch, running, _denominators(batch))
 
         take = jax.grad(of_numbers, has_aux=True)
-        slopes, (sums, after) = take(_policy_numbers(scores))
+        slopes, (sums, after) = take(_policy_numbers(measured))
         slopes = _split_rows(slopes, num_parts)
 
         def product(params: Params, part: Batch, slope: dict[str, Array]) -> Any:
@@ -277,14 +300,27 @@ def _make_gradient(measure: Callable, loss: Loss, num_parts: int) -> Callable[..
 
     if num_parts == 1:
         return whole
-    return through_scores if loss.batchwise else part_by_part
+    whole_batch = loss.batchwise or aux_loss_coefficient != 0
+    return through_scores if whole_batch else part_by_part
 
 
-def _policy_numbers(scores: Scores) -> dict[str, Array]:
-    """Those of the scores through which the policy's parameters get a gradient."""
+def _policy_numbers(measured: Measured) -> dict[str, Array]:
+    """The numbers through which the policy's parameters get a gradient."""
     names = ("policy", "policy_prefix", "token_kl")
-    numbers = scores._asdict()
-    return {name: numbers[name] for name in names if numbers[name] is not None}
+    numbers = measured.scores._asdict()
+    found = {name: numbers[name] for name in names if numbers[name] is not None}
+    if measured.routing is not None:
+        found["routing"] = measured.routing.probability
+    return found
+
+
+def _with_numbers(measured: Measured, numbers: dict[str, Array]) -> Measured:
+    """The same with other numbers, as `_policy_numbers` gives them."""
+    scores = {name: value for name, value in numbers.items() if name != "routing"}
+    routing = measured.routing
+    if routing is not None:
+        routing = routing._replace(probability=numbers["routing"])
+    return Measured(measured.scores._replace(**scores), routing)
 
 
 def _sum_over(function: Callable[[Any], Any], parts: Any) -> Any:

@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpojax.models.families import as_decoder_config, as_reward_settings, as_settings
+from dpojax.models.families import (
+    as_decoder_config,
+    as_reward_settings,
+    as_settings,
+    aux_loss_coefficient,
+)
 from dpojax.models.rotary import Llama3Rope, Rope, rotary_frequencies
-from dpojax.models.shape import DecoderConfig
+from dpojax.models.shape import DecoderConfig, ExpertShape
 
 SCALING = {
     "factor": 8.0,
@@ -185,6 +190,75 @@ def test_layer_types_that_make_no_sense_are_refused(
         as_decoder_config(
             llama(architectures=["Qwen2ForCausalLM"], model_type="qwen2") | changes
         )
+
+
+MIXTRAL = llama(
+    architectures=["MixtralForCausalLM"],
+    model_type="mixtral",
+    num_local_experts=4,
+    num_experts_per_tok=2,
+)
+QWEN3_MOE = llama(
+    architectures=["Qwen3MoeForCausalLM"],
+    model_type="qwen3_moe",
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+)
+
+
+def test_experts_are_as_many_and_as_wide_as_the_config_says():
+    config = as_decoder_config(MIXTRAL)
+    shape = ExpertShape(number=4, per_token=2, width=172, renormalised=True)
+    assert config.experts == shape
+    config = as_decoder_config(QWEN3_MOE)
+    assert config.experts == replace(shape, width=24, renormalised=False)
+    renormalised = as_decoder_config(QWEN3_MOE | {"norm_topk_prob": True})
+    assert renormalised.experts == replace(shape, width=24)
+
+
+def test_experts_are_counted_by_their_old_and_their_new_name():
+    new = {k: v for k, v in QWEN3_MOE.items() if k != "num_experts"}
+    new["num_local_experts"] = 4
+    assert as_decoder_config(new) == as_decoder_config(QWEN3_MOE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "message"),
+    [
+        (QWEN3_MOE, {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]; dpojax supp"),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 and mlp_onl"),
+        (QWEN3_MOE, {"num_experts_per_tok": 5}, "each token to 5 of 4 experts"),
+        (MIXTRAL, {"num_experts_per_tok": 0}, "each token to 0 of 4 experts"),
+        (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1; dpojax"),
+        (LLAMA, {"num_local_experts": 4}, r"'num_local_experts' \(4\), which dpojax"),
+    ],
+)
+def test_experts_that_the_decoder_does_not_have_are_refused_by_name(
+    settings: dict[str, Any], changes: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        as_decoder_config(settings | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "coefficient"),
+    [
+        ({}, 0.0),
+        ({"router_aux_loss_coef": 0.02}, 0.0),
+        ({"router_aux_loss_coef": 0.02, "output_router_logits": False}, 0.0),
+        ({"router_aux_loss_coef": 0.02, "output_router_logits": True}, 0.02),
+        ({"output_router_logits": True}, 0.001),
+    ],
+)
+def test_routers_are_balanced_only_where_the_config_asks_for_it(
+    changes: dict[str, Any], coefficient: float
+):
+    assert aux_loss_coefficient(MIXTRAL | changes) == coefficient
+    assert aux_loss_coefficient(QWEN3_MOE | changes) == coefficient
+    assert aux_loss_coefficient(LLAMA) == 0
 
 
 def reward(**changes: Any) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from safetensors.numpy import load_file
 from dpojax.batch import Batch
 from dpojax.data.packing import Example, as_batch
 from dpojax.generate import make_generate, pad_left
-from dpojax.log_probs import completion_log_probs, logits_of
+from dpojax.log_probs import as_head, completion_log_probs, logits_of
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_params, read_settings, write_model
+from dpojax.routing import load_balancing_loss, over_rows
 
 LENGTHS = [3, 14, 9, 1]
 NUM_NEW = 12
@@ -69,6 +70,32 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5}),
+    "mixtral-window": (
+        "Mixtral",
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": WINDOW},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+        },
+    ),
+    "qwen3_moe-renormalised": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+    ),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
     "smollm3-window": (
         "SmolLM3",
@@ -148,6 +175,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+WITH_EXPERTS = [case for case in CASES if case.startswith(("mixtral", "qwen3_moe"))]
+
+
 class Pair(NamedTuple):
     """One model, theirs and ours, and the directory that both are read from."""
 
@@ -204,21 +234,14 @@ def tokens_of_rows() -> np.ndarray:
     return random.integers(3, SIZES["vocab_size"], (len(LENGTHS), max(LENGTHS)))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_equal_those_of_transformers(case: str, get_pair: Any):
-    torch = pytest.importorskip("torch")
-
-    pair: Pair = get_pair(case)
+def padded_rows() -> Batch:
+    """The rows as they are, each a single sequence, padded on the right."""
     tokens = tokens_of_rows()
     index = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    inside = index < np.array(LENGTHS)[:, None]
-    with torch.no_grad():
-        mask = torch.tensor(inside).long()
-        output = pair.theirs(input_ids=torch.tensor(tokens), attention_mask=mask)
-    expected = output.logits.numpy()[inside]
-    example, zeros = inside.astype(np.int32), np.zeros(tokens.shape, np.int32)
+    example = (index < np.array(LENGTHS)[:, None]).astype(np.int32)
+    zeros = np.zeros(tokens.shape, np.int32)
     lengths = np.zeros((len(LENGTHS), 1, 1), np.int32)
-    batch = Batch(
+    return Batch(
         tokens.astype(np.int32),
         zeros,
         index.astype(np.int32) * example,
@@ -228,6 +251,26 @@ def test_logits_equal_those_of_transformers(case: str, get_pair: Any):
         lengths.astype(np.float32),
         np.ones((len(LENGTHS), 1), np.float32),
     )
+
+
+def as_torch(batch: Batch) -> dict[str, Any]:
+    import torch
+
+    mask = torch.tensor(np.asarray(batch.example)).long()
+    tokens = torch.tensor(np.asarray(batch.tokens)).long()
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(case: str, get_pair: Any):
+    torch = pytest.importorskip("torch")
+
+    pair: Pair = get_pair(case)
+    batch = padded_rows()
+    inside = batch.example > 0
+    with torch.no_grad():
+        output = pair.theirs(**as_torch(batch))
+    expected = output.logits.numpy()[inside]
     compute = jax.jit(lambda params: logits_of(*pair.model.apply(params, batch)))
     found = np.asarray(compute(pair.params))[inside]
     assert expected.std() > 0.1
@@ -316,7 +359,31 @@ def test_a_model_is_written_as_transformers_wrote_it(
     assert not any(report.values())
 
 
-@pytest.mark.parametrize("case", ["gemma2", "smollm3-window", "gpt2"])
+@pytest.mark.parametrize("case", WITH_EXPERTS)
+def test_the_load_balancing_loss_and_its_gradient_equal_those_of_transformers(
+    case: str, get_pair: Any
+):
+    torch = pytest.importorskip("torch")
+
+    pair: Pair = get_pair(case)
+    batch = padded_rows()
+    expected = pair.theirs(**as_torch(batch), output_router_logits=True).aux_loss
+    routers = [layer.mlp.gate.weight for layer in pair.theirs.model.layers]
+    slopes = [slope.numpy() for slope in torch.autograd.grad(expected, routers)]
+
+    def balance(params: Params) -> jax.Array:
+        routing = as_head(pair.model.apply(params, batch)[1]).routing
+        assert routing is not None
+        return load_balancing_loss(over_rows(routing))
+
+    found, gradient = jax.jit(jax.value_and_grad(balance))(pair.params)
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
+    kernel = gradient["blocks"]["experts"]["router"]["kernel"]
+    assert np.abs(kernel).max() > 1e-3
+    np.testing.assert_allclose(kernel.swapaxes(1, 2), slopes, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "smollm3-window", "gpt2", *WITH_EXPERTS])
 def test_gradients_are_finite(case: str, get_pair: Any):
     pair: Pair = get_pair(case)
     example = Example(np.arange(3, 9, dtype=np.int32), (np.array([5, 2], np.int32),))

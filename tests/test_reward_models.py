@@ -40,6 +40,11 @@ VARIANTS = {
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 3}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    ),
 }
 
 

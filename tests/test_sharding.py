@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpojax.models.decoder import DecoderConfig, make_model
+from dpojax.models.shape import ExpertShape
 from dpojax.sharding import (
     ROWS,
     as_shardings,
@@ -19,7 +20,7 @@ from dpojax.sharding import (
 )
 
 
-def make_params(width: int = 32, vocabulary_size: int = 64) -> Any:
+def make_params(width: int = 32, vocabulary_size: int = 64, **fields: Any) -> Any:
     config = DecoderConfig(
         vocabulary_size=vocabulary_size,
         width=width,
@@ -29,6 +30,7 @@ def make_params(width: int = 32, vocabulary_size: int = 64) -> Any:
         head_dimension=8,
         mlp_width=48,
         qkv_bias=True,
+        **fields,
     )
     return make_model(config).params
 
@@ -100,6 +102,22 @@ def test_rules_give_each_parameter_its_spec():
     params = make_params()
     assert as_specs(params, make_mesh(data=2, fsdp=2)) == expected
     assert as_specs(params, make_mesh(data=2, tensor=2)) == expected
+
+
+def test_every_device_has_a_part_of_every_expert():
+    shape = ExpertShape(number=3, per_token=1, width=8, renormalised=True)
+    specs = as_specs(make_params(experts=shape), make_mesh(data=1, fsdp=2, tensor=2))
+    experts = {
+        name.removeprefix("blocks/experts/"): spec
+        for name, spec in specs.items()
+        if "experts" in name
+    }
+    assert experts == {
+        "router/kernel": P(),
+        "gate/kernel": P(None, None, "fsdp", "tensor"),
+        "up/kernel": P(None, None, "fsdp", "tensor"),
+        "down/kernel": P(None, None, "tensor", "fsdp"),
+    }
 
 
 def test_a_scalar_head_is_whole_on_every_device_and_so_is_its_optimizer():

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dpojax.models.experts import Experts
 from dpojax.models.linear import Linear, Options
 from dpojax.models.shape import DecoderConfig
+from dpojax.routing import Choice
 
 Hidden = Float[Array, "rows length width"]
 Norm = Callable[[Array], Array]
@@ -36,28 +38,47 @@ class Block(nnx.Module):
         self.attention = Attention(config, options, rngs)
         if config.arrangement in ("pre", "both", "parallel"):
             self.mlp_norm = norm()
-        self.mlp = MLP(config, options, rngs)
+        if config.experts is None:
+            self.mlp = MLP(config, options, rngs)
+        else:
+            self.experts = Experts(
+                config,
+                config.experts,
+                rngs,
+                activate=ACTIVATIONS[config.activation],
+                compute_dtype=options.compute_dtype,
+                param_dtype=options.param_dtype,
+                by_shard=options.by_shard,
+            )
         if config.arrangement in ("post", "both"):
             self.attention_post_norm, self.mlp_post_norm = norm(), norm()
 
     def __call__(
         self, hidden: Hidden, rotate: Callable, attend: Callable, cache: Any
-    ) -> tuple[Hidden, Any]:
+    ) -> tuple[Hidden, Any, Choice | None]:
         arrangement, scale = self.config.arrangement, self.config.residual_scale
         normed = hidden if arrangement == "post" else self.attention_norm(hidden)
         attended, cache = self.attention(normed, rotate, attend, cache)
         if arrangement == "parallel":
-            return hidden + attended + self.mlp(self.mlp_norm(hidden)), cache
+            added, choice = self._feed(self.mlp_norm(hidden))
+            return hidden + attended + added, cache, choice
         if arrangement == "parallel_one_norm":
-            return hidden + attended + self.mlp(normed), cache
+            added, choice = self._feed(normed)
+            return hidden + attended + added, cache, choice
         if arrangement != "pre":
             attended = self.attention_post_norm(attended)
         hidden += attended if scale == 1 else scale * attended
         normed = hidden if arrangement == "post" else self.mlp_norm(hidden)
-        added = self.mlp(normed)
+        added, choice = self._feed(normed)
         if arrangement != "pre":
             added = self.mlp_post_norm(added)
-        return hidden + (added if scale == 1 else scale * added), cache
+        return hidden + (added if scale == 1 else scale * added), cache, choice
+
+    def _feed(self, hidden: Hidden) -> tuple[Hidden, Choice | None]:
+        """What the MLP makes of hidden states; or experts, and which those were."""
+        if self.config.experts is None:
+            return self.mlp(hidden), None
+        return self.experts(hidden)
 
 
 class Attention(nnx.Module):

@@ -21,12 +21,14 @@ from dpojax.batch import Batch
 from dpojax.log_probs import Head, Output
 from dpojax.models.attention import Window, attention
 from dpojax.models.block import Block, Hidden, make_norm
+from dpojax.models.experts import ByShard, alone
 from dpojax.models.functional import Params, as_function, by_structure
 from dpojax.models.linear import Options
 from dpojax.models.lora import LoraShape, split_adapters
 from dpojax.models.quantized import Quantization
 from dpojax.models.rotary import make_rotation, rotary_tables
 from dpojax.models.shape import DecoderConfig, layer_ropes, layer_windows
+from dpojax.routing import Routing, count_choices
 
 NO_WINDOW = 2**30  # further than any position, so that it hides nothing
 
@@ -61,6 +63,7 @@ def make_model(
     param_dtype: Any = jnp.float32,
     remat: bool = True,
     constrain: Callable[[Array], Array] = lambda hidden: hidden,
+    by_shard: ByShard = alone,
     quantization: Quantization | None = None,
     lora: LoraShape | None = None,
 ) -> Model:
@@ -72,6 +75,7 @@ def make_model(
       param_dtype: dtype in which parameters are kept.
       remat: recompute each layer in the backward pass instead of keeping its inside.
       constrain: pins the sharding of hidden states ``[rows, length, width]``.
+      by_shard: makes experts be computed by each shard of rows for itself.
       quantization: kernels may be quantised so, see `dpojax.models.quantized`.
       lora: the parameters may hold such adapters, see `dpojax.models.lora`.
 
@@ -83,7 +87,7 @@ def make_model(
     def make(options: Options, key: Array) -> Decoder:
         return Decoder(config, options, nnx.Rngs(key))
 
-    plain = Options(compute_dtype, param_dtype, remat, constrain)
+    plain = Options(compute_dtype, param_dtype, remat, constrain, by_shard)
     without_dropout = None if lora is None else replace(lora, dropout=0.0)
     variants = dict.fromkeys(
         plain._replace(quantization=kind, lora=shape)
@@ -147,7 +151,10 @@ class Decoder(nnx.Module):
         self.norm = make_norm(config, options, rngs, config.width)
 
     def __call__(self, batch: Batch) -> tuple[Hidden, Output]:
-        """Hidden states of each row; output matrix, or a score's ``[1, width]``."""
+        """Hidden states of each row; output matrix, or a score's ``[1, width]``.
+
+        Of a model with experts, the `Head` says where real tokens were sent.
+        """
         example, branch = jnp.asarray(batch.example), jnp.asarray(batch.branch)
         tokens, position = jnp.asarray(batch.tokens), jnp.asarray(batch.position)
 
@@ -160,8 +167,9 @@ class Decoder(nnx.Module):
             )
             return attended, cache
 
-        hidden, _ = self._blocks(tokens, position, attend, None)
-        return hidden, self._head()
+        real = example > 0
+        hidden, _, routing = self._blocks(tokens, position, attend, None, real)
+        return hidden, self._head(routing)
 
     def extend(
         self,
@@ -192,23 +200,24 @@ class Decoder(nnx.Module):
             )
             return attended, cache
 
-        hidden, cache = self._blocks(tokens, position, attend, cache)
+        hidden, cache, _ = self._blocks(tokens, position, attend, cache)
         return hidden, self._head(), cache
 
     def _attention(self, *args: Any, window: Window | None) -> Array:
         scale, cap = self.config.attention_scale, self.config.attention_cap
         return attention(*args, window=window, scale=scale, cap=cap)
 
-    def _head(self) -> Output:
+    def _head(self, routing: Routing | None = None) -> Output:
         config = self.config
         if config.head == "score":
-            return self.score.embedding[...]
+            matrix = self.score.embedding[...]
+            return matrix if routing is None else Head(matrix, routing=routing)
         table = self.embedding if config.tied_output else self.output
         matrix = table.embedding[...]
-        if not config.head_bias and config.logit_cap is None:
+        if not config.head_bias and config.logit_cap is None and routing is None:
             return matrix
         bias = self.output_bias[...] if config.head_bias else None
-        return Head(matrix, bias, config.logit_cap)
+        return Head(matrix, bias, config.logit_cap, routing)
 
     def _embed(self, tokens: Array, position: Array) -> Hidden:
         dtype, scale = self.options.compute_dtype, self.config.embedding_scale
@@ -220,32 +229,42 @@ class Decoder(nnx.Module):
         return hidden
 
     def _blocks(
-        self, tokens: Array, position: Array, attend: Callable, cache: Cache | None
-    ) -> tuple[Hidden, Any]:
+        self,
+        tokens: Array,
+        position: Array,
+        attend: Callable,
+        cache: Cache | None,
+        real: Array | None = None,
+    ) -> tuple[Hidden, Any, Routing | None]:
+        """All layers; where `real` is given, choices of experts are counted there."""
         config, dtype = self.config, self.options.compute_dtype
         constrain = self.options.constrain
         hidden = constrain(self._embed(tokens, position))
         rotation = _make_rotations(config, position)
 
-        def body(carry: tuple, block_and_layer: tuple) -> tuple[tuple, None]:
+        def body(carry: tuple, block_and_layer: tuple) -> tuple[tuple, Any]:
             (hidden, cache), (block, layer) = carry, block_and_layer
             rotate, attend_here = rotation(layer), partial(attend, layer=layer)
-            hidden, cache = block(hidden, rotate, attend_here, cache)
-            return (constrain(hidden), cache), None
+            hidden, cache, choice = block(hidden, rotate, attend_here, cache)
+            carry = constrain(hidden), cache
+            if choice is None or real is None:
+                return carry, None
+            return carry, count_choices(choice, real)
 
         if self.options.remat:
             body = jax.checkpoint(body)
         # Accelerators would otherwise multiply float32 in fewer bits.
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
-            carry, _ = jax.lax.scan(
+            carry, routing = jax.lax.scan(
                 body, (hidden, cache), (self.blocks, _layers(config))
             )
         hidden, cache = carry
+        routing = jax.tree.map(lambda layers: jnp.sum(layers, axis=0), routing)
         hidden = self.norm(hidden)
         if config.logit_scale != 1 and config.head == "vocabulary":
             # Logits are linear in the hidden states, whose product is elsewhere.
             hidden = hidden * jnp.asarray(config.logit_scale, dtype)
-        return hidden, cache
+        return hidden, cache, routing
 
 
 class _Layer(NamedTuple):

@@ -97,9 +97,22 @@ def _common_fields(settings: Mapping[str, Any], rope: RopeSettings) -> dict[str,
     }
 
 
+def aux_loss_coefficient(settings: Mapping[str, Any]) -> float:
+    """How much the load-balancing loss of a model's routers counts in training.
+
+    Nothing, unless the config asks for it by ``output_router_logits``, as it does for
+    the losses that transformers computes.
+    """
+    known = {**family_of(settings).defaults, **settings}
+    if not known.get("output_router_logits"):
+        return 0.0
+    return float(known["router_aux_loss_coef"])
+
+
 def as_settings(config: DecoderConfig) -> dict[str, Any]:
     """The ``config.json`` of a new Llama of this shape; rotary scaling excluded."""
     assert config.rope_scaling is None and not config.qkv_bias and not config.window
+    assert config.experts is None
     settings = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

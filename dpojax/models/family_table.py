@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dpojax.models import weight_names
 from dpojax.models.rope_settings import RopeSettings
+from dpojax.models.shape import ExpertShape
 
 Settings = Mapping[str, Any]
 Fields = dict[str, Any]  # of `DecoderConfig`
@@ -80,6 +81,39 @@ def _qwen3(settings: Settings, rope: RopeSettings) -> Fields:
 
 def _mistral(settings: Settings, rope: RopeSettings) -> Fields:
     return _windows(settings, lambda layer: True)
+
+
+def _mixtral(settings: Settings, rope: RopeSettings) -> Fields:
+    experts = _experts(settings, settings["intermediate_size"], renormalised=True)
+    return {"experts": experts} | _mistral(settings, rope)
+
+
+def _qwen3_moe(settings: Settings, rope: RopeSettings) -> Fields:
+    step, dense = settings["decoder_sparse_step"], settings["mlp_only_layers"] or ()
+    if step != 1 or any(layer < settings["num_hidden_layers"] for layer in dense):
+        raise ValueError(
+            f"config.json has decoder_sparse_step = {step} and mlp_only_layers = "
+            f"{list(dense)}; dpojax supports experts in every layer: 1 and []."
+        )
+    experts = _experts(
+        settings,
+        settings["moe_intermediate_size"],
+        renormalised=settings["norm_topk_prob"],
+    )
+    windows = _windows(settings, lambda layer: True)
+    return {"query_key_norm": "head", "experts": experts} | windows
+
+
+def _experts(settings: Settings, width: int, *, renormalised: bool) -> ExpertShape:
+    number, per_token = settings["num_experts"], settings["num_experts_per_tok"]
+    if not 1 <= per_token <= number:
+        raise ValueError(
+            f"config.json sends each token to {per_token} of {number} experts "
+            "(num_experts_per_tok); the number must be between 1 and all of them."
+        )
+    return ExpertShape(
+        number=number, per_token=per_token, width=width, renormalised=renormalised
+    )
 
 
 def _smollm3(settings: Settings, rope: RopeSettings) -> Fields:
@@ -207,6 +241,12 @@ def _gptj(settings: Settings, rope: RopeSettings) -> Fields:
     }
 
 
+_ROUTER_KEYS = frozenset({
+    "num_experts", "num_experts_per_tok", "output_router_logits",
+    "router_aux_loss_coef",
+})  # fmt: skip
+_ROUTER_DEFAULTS = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+_ROUTER_RENAMED = {"num_local_experts": "num_experts"}
 _QWEN_KEYS = _WINDOW | {"use_sliding_window", "max_window_layers"}
 _QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
@@ -285,6 +325,51 @@ FAMILIES = {
             "sliding_window": 4096,
             "max_position_embeddings": 131072,
         },
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        weight_names.MIXTRAL,
+        _mixtral,
+        _ROUTER_KEYS | {"sliding_window"},
+        _ROUTER_DEFAULTS
+        | {
+            "num_key_value_heads": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+        },
+        only={"router_jitter_noise": (0.0,)},
+        renamed=_ROUTER_RENAMED,
+        theta=1_000_000.0,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        weight_names.QWEN3_MOE,
+        _qwen3_moe,
+        _ROUTER_KEYS
+        | {
+            "sliding_window",
+            "use_sliding_window",
+            "moe_intermediate_size",
+            "norm_topk_prob",
+            "decoder_sparse_step",
+            "mlp_only_layers",
+        },
+        _ROUTER_DEFAULTS
+        | {
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": None,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_position_embeddings": 32768,
+        },
+        renamed=_ROUTER_RENAMED,
     ),
     "smollm3": Family(
         "SmolLM3",

@@ -96,7 +96,7 @@ def read_params(
             for place in jax.tree.leaves(
                 places, is_leaf=lambda leaf: isinstance(leaf, Place)
             )
-            for name in place.names
+            for name in place.names.flat
         }
 
         def read(
@@ -168,14 +168,14 @@ def write_settings(directory: Path, settings: dict[str, Any], dtype: str) -> Non
 
 def _put(tensors: dict[str, np.ndarray], place: Place, host: np.ndarray) -> None:
     """Adds the tensors of one array, or its part of tensors that it shares."""
-    for name, layer in zip(place.names, host if place.stacked else [host], strict=True):
-        layer = layer.T if place.transposed else layer
+    for index, name in np.ndenumerate(place.names):
+        values = host[index].T if place.transposed else host[index]
         if place.outputs is None:
-            tensors[name] = np.ascontiguousarray(layer)
+            tensors[name] = np.ascontiguousarray(values)
             continue
-        shape = place.stored_shape(layer.shape)
-        whole = tensors.setdefault(name, np.empty(shape, layer.dtype))
-        whole[place.stored_index(place.outputs)] = layer
+        shape = place.stored_shape(values.shape)
+        whole = tensors.setdefault(name, np.empty(shape, values.dtype))
+        whole[place.stored_index(place.outputs)] = values
 
 
 def _open(directory: Path, stack: ExitStack) -> dict[str, Any]:
@@ -214,9 +214,10 @@ def _slice_reader(
     wanted: jax.ShapeDtypeStruct,
 ) -> Callable[[Any], np.ndarray]:
     """A function from an index into our array to its values, read from the files."""
-    shape = wanted.shape[1:] if place.stacked else wanted.shape
+    num_stacked = place.names.ndim
+    shape = wanted.shape[num_stacked:]
     shape = place.stored_shape(shape[::-1] if place.transposed else shape)
-    for name in place.names:
+    for name in place.names.flat:
         if name not in tensors:
             raise ValueError(f"{directory} lacks the tensor {name}.")
         found = tuple(tensors[name].get_slice(name).get_shape())
@@ -233,9 +234,11 @@ def _slice_reader(
         return (values.T if place.transposed else values).astype(wanted.dtype)
 
     def read(index: Index) -> np.ndarray:
-        if not place.stacked:
-            return read_one(place.names[0], index)
-        return np.stack([read_one(name, index[1:]) for name in place.names[index[0]]])
+        names = np.asarray(place.names[index[:num_stacked]], object)
+        tensors = [read_one(name, index[num_stacked:]) for name in names.flat]
+        if num_stacked == 0:
+            return tensors[0]  # not a copy
+        return np.stack(tensors).reshape(*names.shape, *tensors[0].shape)
 
     return read
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from dpojax.models.experts import ByShard, alone
 from dpojax.models.lora import Lora, LoraShape
 from dpojax.models.quantized import Quantization, QuantizedKernel
 
@@ -21,6 +22,7 @@ class Options(NamedTuple):
     param_dtype: Any
     remat: bool
     constrain: Callable[[Array], Array]
+    by_shard: ByShard = alone
     quantization: Quantization | None = None  # of projections' kernels
     lora: LoraShape | None = None
 

@@ -11,6 +11,16 @@ from dpojax.models.rotary import Rope, Scaling
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertShape:
+    """Experts in the place of each layer's MLP, some of which see a token."""
+
+    number: int
+    per_token: int
+    width: int  # of one expert's inside
+    renormalised: bool  # weights of the chosen experts are made to add up to 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The shape of a decoder; the defaults are Llama's."""
 
@@ -28,6 +38,7 @@ class DecoderConfig:
     # Norms of queries and keys: of each head, or of all heads together.
     query_key_norm: Literal["none", "head", "projection"] = "none"
     mlp: Literal["gated", "plain"] = "gated"
+    experts: ExpertShape | None = None  # gated; in every layer, or in none
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     qkv_bias: bool = False
     output_bias: bool = False  # of attention's output

@@ -1,8 +1,9 @@
 """Names of weights in Hugging Face's files, family by family.
 
 Our path of a parameter to their name. A `{layer}` stands where a stacked array is one
-tensor per layer. Kernels are transposed there, ``[outputs, inputs]``, unless the family
-says otherwise; paths that share a name share its tensor, in the order given here.
+tensor per layer, an `{expert}` where it is one per expert of each layer. Kernels are
+transposed there, ``[outputs, inputs]``, unless the family says otherwise; paths that
+share a name share its tensor, in the order given here.
 """
 
 from collections.abc import Mapping
@@ -58,6 +59,22 @@ LLAMA = (
             "mlp/down": "model.layers.{layer}.mlp.down_proj",
         }
     )
+)
+MIXTRAL = LLAMA | _projections(
+    {
+        "experts/router": "model.layers.{layer}.block_sparse_moe.gate",
+        "experts/gate": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1",
+        "experts/up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3",
+        "experts/down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2",
+    }
+)
+QWEN3_MOE = LLAMA | _projections(
+    {
+        "experts/router": "model.layers.{layer}.mlp.gate",
+        "experts/gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj",
+        "experts/up": "model.layers.{layer}.mlp.experts.{expert}.up_proj",
+        "experts/down": "model.layers.{layer}.mlp.experts.{expert}.down_proj",
+    }
 )
 _AFTER = {
     "blocks/attention_post_norm/scale": (
