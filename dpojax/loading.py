@@ -269,6 +269,11 @@ def _make_model(
 ) -> Model:
     compute_dtype = jnp.dtype(options.compute_dtype or default_dtype())
     base = options.base_dtype
+    if config.experts is not None and base in ("int8", "nf4"):
+        raise ValueError(
+            f"--lora.base {base} would leave a model's experts as they are, which are "
+            "most of it; for models with experts, give float32 or bfloat16."
+        )
     param_dtype = jnp.dtype("float32") if lora is None else compute_dtype
     if base in ("float32", "bfloat16"):
         param_dtype = jnp.dtype(base)
