@@ -25,7 +25,11 @@ from dpojax.loading import (
 )
 from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_decoder_config, as_settings
-from dpojax.models.huggingface import read_settings, write_model
+from dpojax.models.huggingface import (
+    read_generation_settings,
+    read_settings,
+    write_model,
+)
 from dpojax.objective_table import as_lines, as_markdown
 from dpojax.prepare import load_examples, make_configured_loss
 from dpojax.progress import say, show_table
@@ -172,7 +176,13 @@ def export(config: ExportConfig) -> Path:
     step = checkpoints.steps[-1] if config.step is None else config.step
     params = checkpoints.restore(step, {"params": like})["params"]
     checkpoints.close()
-    write_model(output, params, settings, load_tokenizer(frame).save_pretrained)
+    write_model(
+        output,
+        params,
+        settings,
+        load_tokenizer(frame).save_pretrained,
+        generation_settings=read_generation_settings(frame),
+    )
     say(f"Step {step} of {config.run} is in {output}.")
     return output
 

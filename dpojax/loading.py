@@ -17,7 +17,12 @@ from dpojax.data.tokenize import Tokenizer, check_vocabulary, load_tokenizer
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config, as_reward_settings
 from dpojax.models.functional import Params
-from dpojax.models.huggingface import find_model, read_params, read_settings
+from dpojax.models.huggingface import (
+    find_model,
+    read_generation_settings,
+    read_params,
+    read_settings,
+)
 from dpojax.sharding import as_shardings, make_constrain
 
 
@@ -26,6 +31,7 @@ class _Source(NamedTuple):
 
     directory: Path
     settings: dict[str, Any]
+    generation_settings: dict[str, Any] | None
     config: DecoderConfig
     tokenizer: Tokenizer
 
@@ -38,6 +44,8 @@ class Loaded(NamedTuple):
     settings: dict[str, Any]  # contents of config.json
     tokenizer: Tokenizer
     eos_token: int
+    # Contents of generation_config.json, handed on; None: there is none
+    generation_settings: dict[str, Any] | None = None
 
 
 def load_model(
@@ -64,7 +72,8 @@ def load_model(
     model = _make_model(source.config, mesh, compute_dtype, remat)
     shardings = as_shardings(model.params, mesh)
     params = read_params(source.directory, model.params, shardings)
-    return _loaded(model, params, source.settings, source.tokenizer)
+    loaded = _loaded(model, params, source.settings, source.tokenizer)
+    return loaded._replace(generation_settings=source.generation_settings)
 
 
 def load_reward_model(
@@ -174,7 +183,8 @@ def _read_source(name: str) -> _Source:
     config = as_decoder_config(settings)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocabulary_size, name)
-    return _Source(directory, settings, config, tokenizer)
+    generation_settings = read_generation_settings(directory)
+    return _Source(directory, settings, generation_settings, config, tokenizer)
 
 
 def _make_model(

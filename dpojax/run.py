@@ -248,6 +248,7 @@ def run(config: TrainConfig) -> Result:
             state.params,
             loaded.settings,
             loaded.tokenizer.save_pretrained,
+            generation_settings=loaded.generation_settings,
         )
         say(f"The model is in {directory / 'final'}.")
     else:

@@ -48,7 +48,7 @@ def write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
     """Begins a run's directory: the model but its weights, then the configuration."""
     frame = directory / "model"
     frame.mkdir(parents=True, exist_ok=True)
-    write_settings(frame, loaded.settings, "float32")
+    write_settings(frame, loaded.settings, "float32", loaded.generation_settings)
     loaded.tokenizer.save_pretrained(frame)
     again = replace(config, output=None, stop_after=None)
     text = (

@@ -65,7 +65,10 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
         if path.is_file():
             tokenizer = _load_file(path)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(str(source))
+            # Without this, transformers asks at the terminal whether to run code.
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(source), trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"No tokenizer can be read from {source}: {reason}") from error

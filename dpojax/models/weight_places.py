@@ -14,10 +14,13 @@ from dpojax.models.functional import Params
 
 
 class Place(NamedTuple):
-    """The tensors of one array: one for each layer or, if not stacked, a single one."""
+    """The tensors of one array.
 
-    names: list[str]
-    stacked: bool
+    A single one, one for each layer, or one for each expert of each layer: the names
+    have the shape of the array's leading dimensions, over which tensors are stacked.
+    """
+
+    names: np.ndarray  # of str
     transposed: bool
     outputs_dimension: int  # of the tensor, the dimension that fusion divides
     outputs: np.ndarray | None  # of a fused tensor, which are ours, ascending
@@ -35,6 +38,11 @@ class Place(NamedTuple):
         return (*before, self.num_outputs, *shape[self.outputs_dimension + 1 :])
 
 
+def is_place(leaf: Any) -> bool:
+    """Where a tree of places ends: a `Place` is a tuple, which JAX would enter."""
+    return isinstance(leaf, Place)
+
+
 def as_places(params: Params, family: Family, num_heads: int = 1) -> Params:
     """A `Place` for each array.
 
@@ -50,15 +58,13 @@ def as_places(params: Params, family: Family, num_heads: int = 1) -> Params:
     groups = num_heads if family.fused_by_head else 1
 
     def place(path: tuple, leaf: Any) -> Place:
-        name, stacked = _name(path), path[0].key == "blocks"
+        name = _name(path)
         template = family.names[name]
-        layers = range(leaf.shape[0]) if stacked else range(1)
         transposed = path[-1].key == "kernel" and family.transposed
         sizes = {part: arrays[part].shape[-1] for part in sharing[template]}
         fused = len(sizes) > 1
         return Place(
-            [template.format(layer=layer) for layer in layers],
-            stacked,
+            _names(template, leaf.shape),
             transposed,
             0 if transposed or path[-1].key != "kernel" else 1,
             _outputs(sizes, name, groups) if fused else None,
@@ -66,6 +72,15 @@ def as_places(params: Params, family: Family, num_heads: int = 1) -> Params:
         )
 
     return jax.tree.map_with_path(place, params)
+
+
+def _names(template: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A name for each index of the leading dimensions that the template speaks of."""
+    stacked = [key for key in ("layer", "expert") if f"{{{key}}}" in template]
+    names = np.empty(shape[: len(stacked)], object)
+    for index in np.ndindex(names.shape):
+        names[index] = template.format(**dict(zip(stacked, index, strict=True)))
+    return names
 
 
 def _outputs(sizes: dict[str, int], name: str, groups: int) -> np.ndarray:
