@@ -72,7 +72,12 @@ def read_generation_settings(directory: Path) -> dict[str, Any] | None:
     return _read_object(path) if path.is_file() else None
 
 
-def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
+def read_params(
+    directory: Path,
+    abstract: Params,
+    shardings: Params,
+    convert: Callable[[str, jax.Array], Any] = lambda path, array: array,
+) -> Params:
     """Reads a model's weights onto devices.
 
     Args:
@@ -80,9 +85,10 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
       abstract: nested dicts of `jax.ShapeDtypeStruct`: what to read, in which dtype.
         Without any head, the decoder alone is read.
       shardings: a `jax.sharding.Sharding` for each.
+      convert: applied to each path and array as soon as it is read.
 
     Returns:
-      Nested dicts of arrays like `abstract`.
+      Nested dicts like `abstract` of what `convert` gives: the arrays.
 
     Raises:
       ValueError: if a file is missing or damaged; if a tensor is missing, left over, of
@@ -109,7 +115,7 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
             f"{directory} has tensors that its config.json does not account for: "
             f"{', '.join(sorted(surplus)[:3])}."
         )
-    return read_weights(tensors, places, abstract, shardings)
+    return read_weights(tensors, places, abstract, shardings, convert)
 
 
 def write_model(

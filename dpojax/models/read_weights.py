@@ -6,8 +6,9 @@ it, one shard. Names and directories are not this file's concern.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ def read_weights(
     places: Params,
     abstract: Params,
     shardings: Params,
+    convert: Callable[[str, jax.Array], Any],
 ) -> Params:
     """Reads arrays onto devices.
 
@@ -33,9 +35,10 @@ def read_weights(
       places: nested dicts of `Place`: of which tensors each array consists.
       abstract: nested dicts of `jax.ShapeDtypeStruct`: what to read, in which dtype.
       shardings: a `jax.sharding.Sharding` for each.
+      convert: applied to each path and array as soon as it is read.
 
     Returns:
-      Nested dicts of arrays like `abstract`.
+      Nested dicts like `abstract` of what `convert` gives.
 
     Raises:
       ValueError: if a tensor is of another shape, not of floating point numbers, or
@@ -49,12 +52,13 @@ def read_weights(
             tensors[name].check(shape)
 
     def read(
-        place: Place, wanted: jax.ShapeDtypeStruct, sharding: Sharding
-    ) -> jax.Array:
-        return _read_array(tensors, place, wanted, sharding)
+        path: tuple, place: Place, wanted: jax.ShapeDtypeStruct, sharding: Sharding
+    ) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return convert(name, _read_array(tensors, place, wanted, sharding))
 
     jax.tree.map(check, places, abstract, is_leaf=is_place)
-    return jax.tree.map(read, places, abstract, shardings, is_leaf=is_place)
+    return jax.tree.map_with_path(read, places, abstract, shardings, is_leaf=is_place)
 
 
 def _read_array(
