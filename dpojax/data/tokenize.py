@@ -26,6 +26,7 @@ from dpojax.data.chats import Piece, Tokenizer, Turns, render, render_messages
 from dpojax.data.conversions import ConversionCounts
 from dpojax.data.fields import Record, Text
 from dpojax.data.packing import Example
+from dpojax.data.tokenizer_files import check_files
 
 TooLong = Literal["truncate", "drop"]
 
@@ -61,6 +62,7 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
       ValueError: if it cannot be read or has no EOS token.
     """
     path = Path(source)
+    check_files(path)
     try:
         if path.is_file():
             tokenizer = _load_file(path)
