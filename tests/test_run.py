@@ -41,6 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokenizer().save_pretrained(directory / "tokenizer")
     tokenizer, model = str(directory / "tokenizer"), str(directory / "model")
     init(InitConfig(output=model, tokenizer=tokenizer, preset="tiny"))
+    generation = json.dumps({"eos_token_id": [2, 5]})
+    (directory / "model/generation_config.json").write_text(generation)
     reviews = [split_review(review) for review in make_reviews(96, seed=0)]
     openings = [opening for opening, _ in reviews[::2]]
     groups = [[a[1], b[1]] for a, b in zip(reviews[::2], reviews[1::2], strict=True)]
@@ -186,6 +188,16 @@ def test_the_export_of_the_last_checkpoint_is_the_final_model(
     with pytest.raises(ValueError, match=r"no checkpoint of step 3; it has 2, 4"):
         nowhere = str(place / "nowhere")
         export(ExportConfig(run=str(whole.directory), output=nowhere, step=3))
+
+
+def test_generation_settings_go_from_the_model_to_the_run_and_its_export(
+    whole: Result, place: Path
+):
+    output = export(ExportConfig(run=str(whole.directory), output=str(place / "sent")))
+    for path in (whole.directory / "model", whole.directory / "final", output):
+        settings = json.loads((path / "generation_config.json").read_text())
+        assert settings == {"eos_token_id": [2, 5]}
+        assert (path / "tokenizer.json").is_file()
 
 
 def test_a_policy_evaluated_against_itself_has_no_kl(config: TrainConfig):

@@ -28,7 +28,7 @@ MAX_SHARD_SIZE = "5GB"
 class _Part(NamedTuple):
     """Values of a tensor, or of some of its outputs: one array's, at an index."""
 
-    array: jax.Array
+    array: jax.Array | np.ndarray
     index: tuple[int, ...]
     place: Place
 
@@ -116,10 +116,10 @@ def _gather(tensor: NewTensor) -> np.ndarray:
     return whole
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
