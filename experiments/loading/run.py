@@ -1,7 +1,8 @@
-"""Host memory that reading a model directory takes, at its peak.
+"""Host memory that reading and writing a model directory takes, at its peak.
 
 Claim: reading takes a few megabytes beside the parameters themselves; on one CPU
 process, whose arrays live on the host, the peak stays below 1.3 times their size.
+Writing takes the size of one file of weights.
 Command: python experiments/loading/run.py
 Hardware, time and result: README.md beside this file; the command prints its table.
 
@@ -30,7 +31,7 @@ from safetensors.numpy import save_file
 
 from dpojax.models.decoder import make_model
 from dpojax.models.families import as_decoder_config, family_of
-from dpojax.models.huggingface import read_params, read_settings
+from dpojax.models.huggingface import read_params, read_settings, write_model
 from dpojax.models.weight_places import as_places
 from dpojax.models.write_weights import as_tensors
 
@@ -50,6 +51,7 @@ SETTINGS = {
     "tie_word_embeddings": True,
 }
 NUM_FILES = 8
+SHARD = "1GB"  # files that are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +63,13 @@ class Arguments:
 
 
 class Figures(NamedTuple):
-    """What reading took, in bytes and seconds."""
+    """What reading and then writing took, in bytes and seconds."""
 
     size: int  # of the parameters
-    peak: int  # of host memory, above what there was before
-    seconds: float
+    peak: int  # of host memory while reading, above what there was before
+    writing_peak: int  # the same while writing, parameters included
+    seconds: float  # of reading
+    writing_seconds: float
 
 
 def main(arguments: Arguments) -> None:
@@ -82,15 +86,21 @@ def main(arguments: Arguments) -> None:
 
 def show(directory: str) -> None:
     """Prints a row of figures for each dtype."""
-    print("| parameters in | they take, GB | peak, GB | ratio | seconds |")
-    print("|---|---|---|---|---|")
+    print(
+        "| parameters in | they take, GB | reading: peak, GB | ratio | seconds "
+        "| writing: peak, GB | above them, GB | seconds |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for dtype in ("float32", "bfloat16"):
         again = sys.executable, __file__, "--directory", directory, "--dtype", dtype
         done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)
-        size, peak, seconds = Figures(*json.loads(done.stdout))
+        found = Figures(*json.loads(done.stdout))
+        size, peak = found.size, found.writing_peak
         print(
-            f"| {dtype} | {size / 1e9:.2f} | {peak / 1e9:.2f} | {peak / size:.3f} "
-            f"| {seconds:.0f} |"
+            f"| {dtype} | {size / 1e9:.2f} | {found.peak / 1e9:.2f} "
+            f"| {found.peak / size:.3f} | {found.seconds:.0f} "
+            f"| {peak / 1e9:.2f} | {(peak - size) / 1e9:.2f} "
+            f"| {found.writing_seconds:.0f} |"
         )
 
 
@@ -121,16 +131,24 @@ def make_checkpoint(directory: Path, seed: int) -> None:
 
 
 def measure(directory: Path, dtype: str) -> Figures:
-    """Reads the checkpoint onto one device of this process."""
-    config = as_decoder_config(read_settings(directory))
-    model = make_model(config, param_dtype=jnp.dtype(dtype))
+    """Reads the checkpoint onto one device of this process, and writes it."""
+    settings = read_settings(directory)
+    model = make_model(as_decoder_config(settings), param_dtype=jnp.dtype(dtype))
     device = SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: device, model.params)
     before, start = resident_bytes("VmRSS"), time.perf_counter()
     params = jax.block_until_ready(read_params(directory, model.params, shardings))
-    seconds = time.perf_counter() - start
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return Figures(size, resident_bytes("VmHWM") - before, seconds)
+    middle, peak = time.perf_counter(), resident_bytes("VmHWM") - before
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name) / "model"
+        write_model(output, params, settings, lambda _: None, max_shard_size=SHARD)
+    return Figures(
+        sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        peak,
+        resident_bytes("VmHWM") - before,
+        middle - start,
+        time.perf_counter() - middle,
+    )
 
 
 def resident_bytes(which: str) -> int:
