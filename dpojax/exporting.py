@@ -17,7 +17,11 @@ from dpojax.loading import load_model, load_reward_model, new_directory
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
-from dpojax.models.huggingface import read_settings, write_model
+from dpojax.models.huggingface import (
+    read_generation_settings,
+    read_settings,
+    write_model,
+)
 from dpojax.models.lora import graft, merge_adapters, split_adapters
 from dpojax.models.peft import has_score, is_adapter, read_base_name, shape_by_targets
 from dpojax.policy import write_trained
@@ -32,6 +36,7 @@ class _Exported(NamedTuple):
     trained: Params  # of a run only their shapes matter
     base: Params | None  # of adapters
     settings: dict[str, Any]
+    generation_settings: dict[str, Any] | None
     base_name: str
     tokenizer: Tokenizer
 
@@ -65,16 +70,31 @@ def export(config: ExportConfig) -> Path:
 
 
 def _write(output: Path, exported: _Exported, config: ExportConfig) -> None:
-    model, trained, base, settings, base_name, tokenizer = exported
-    write_tokenizer = tokenizer.save_pretrained
+    model, trained, base, settings, generation_settings, base_name, _ = exported
+    write_tokenizer = exported.tokenizer.save_pretrained
     if not config.merge:
-        write_trained(output, trained, model, settings, base_name, write_tokenizer)
+        write_trained(
+            output,
+            trained,
+            model,
+            settings,
+            base_name,
+            write_tokenizer,
+            generation_settings=generation_settings,
+        )
         return
     if base is None or model.lora is None:
         raise ValueError(f"{config.run} trained all weights; leave out --merge.")
     # One array at a time is merged, and keeps its sharding.
     merge = jax.jit(partial(merge_adapters, shape=model.lora))
-    write_model(output, merge(graft(base, trained)), settings, write_tokenizer)
+    merged = merge(graft(base, trained))
+    write_model(
+        output,
+        merged,
+        settings,
+        write_tokenizer,
+        generation_settings=generation_settings,
+    )
 
 
 def _read_run(source: Path, step: int | None, mesh: Mesh) -> tuple[_Exported, int]:
@@ -90,7 +110,13 @@ def _read_run(source: Path, step: int | None, mesh: Mesh) -> tuple[_Exported, in
         settings = read_settings(frame)
         model = make_model(as_decoder_config(settings))
         exported = _Exported(
-            model, model.params, None, settings, str(source), load_tokenizer(frame)
+            model,
+            model.params,
+            None,
+            settings,
+            read_generation_settings(frame),
+            str(source),
+            load_tokenizer(frame),
         )
     shardings = as_shardings(exported.trained, mesh)
     like = jax.tree.map(_abstract, exported.trained, shardings)
@@ -114,7 +140,13 @@ def _read_adapted(directory: Path, name: str, mesh: Mesh) -> _Exported:
     base, trained = split_adapters(loaded.params)
     tokenizer = loaded.tokenizer if new is None else load_tokenizer(directory)
     return _Exported(
-        loaded.model, trained, base, loaded.settings, loaded.base, tokenizer
+        loaded.model,
+        trained,
+        base,
+        loaded.settings,
+        loaded.generation_settings,
+        loaded.base,
+        tokenizer,
     )
 
 

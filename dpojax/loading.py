@@ -17,7 +17,12 @@ from dpojax.data.tokenize import Tokenizer, check_vocabulary, load_tokenizer
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config, as_reward_settings
 from dpojax.models.functional import Params
-from dpojax.models.huggingface import find_model, read_params, read_settings
+from dpojax.models.huggingface import (
+    find_model,
+    read_generation_settings,
+    read_params,
+    read_settings,
+)
 from dpojax.models.lora import LoraShape, graft, split_adapters
 from dpojax.models.peft import has_score, is_adapter, read_base_name, read_shape
 from dpojax.models.quantized import make_quantize
@@ -36,6 +41,7 @@ class _Source(NamedTuple):
     directory: Path
     adapters: Path | None
     settings: dict[str, Any]
+    generation_settings: dict[str, Any] | None
     config: DecoderConfig
     tokenizer: Tokenizer
 
@@ -49,6 +55,8 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     eos_token: int
     base: str  # name of the model or, with adapters, of their base
+    # Contents of generation_config.json, handed on; None: there is none
+    generation_settings: dict[str, Any] | None = None
 
 
 def load_model(
@@ -211,7 +219,15 @@ def _read_source(name: str) -> _Source:
     config = as_decoder_config(settings)
     tokenizer = load_tokenizer(tokenizer_directory)
     check_vocabulary(tokenizer, config.vocabulary_size, name)
-    source = _Source(name, directory, adapters, settings, config, tokenizer)
+    source = _Source(
+        name,
+        directory,
+        adapters,
+        settings,
+        read_generation_settings(directory),
+        config,
+        tokenizer,
+    )
     if adapters is not None and has_score(adapters) and config.head == "vocabulary":
         return _with_score(source)
     return source
@@ -225,6 +241,7 @@ def _with_score(source: _Source) -> _Source:
     padding = {"pad_token_id": tokenizer.pad_token_id}
     return source._replace(
         settings=as_reward_settings(source.settings) | padding,
+        generation_settings=None,
         config=replace(source.config, head="score"),
     )
 
@@ -260,7 +277,13 @@ def _load(
     eos_token = source.tokenizer.eos_token_id
     assert isinstance(eos_token, int)  # load_tokenizer refuses one without
     return Loaded(
-        model, params, source.settings, source.tokenizer, eos_token, source.name
+        model,
+        params,
+        source.settings,
+        source.tokenizer,
+        eos_token,
+        source.name,
+        source.generation_settings,
     )
 
 

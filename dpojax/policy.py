@@ -103,6 +103,8 @@ def write_trained(
     settings: dict[str, Any],
     base_name: str,
     write_tokenizer: Callable[[Path], object],
+    *,
+    generation_settings: dict[str, Any] | None,
 ) -> None:
     """Writes a model's directory or, where adapters were trained, one of these.
 
@@ -113,9 +115,16 @@ def write_trained(
       settings: contents of ``config.json``.
       base_name: by which adapters find their base.
       write_tokenizer: writes the tokenizer's files into a given directory.
+      generation_settings: contents of a model's ``generation_config.json``, if any.
     """
     if model.lora is None:
-        write_model(directory, trained, settings, write_tokenizer)
+        write_model(
+            directory,
+            trained,
+            settings,
+            write_tokenizer,
+            generation_settings=generation_settings,
+        )
     else:
         shape, base = model.lora, model.params
         write_adapters(

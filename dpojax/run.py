@@ -253,6 +253,7 @@ def run(config: TrainConfig) -> Result:
             loaded.settings,
             loaded.base,
             loaded.tokenizer.save_pretrained,
+            generation_settings=loaded.generation_settings,
         )
         say(f"The model is in {directory / 'final'}.")
     else:

@@ -49,7 +49,7 @@ def write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
     """Begins a run's directory: the model but its weights, then the configuration."""
     frame = directory / "model"
     frame.mkdir(parents=True, exist_ok=True)
-    write_settings(frame, loaded.settings, "float32")
+    write_settings(frame, loaded.settings, "float32", loaded.generation_settings)
     model = loaded.model
     if model.lora is not None:
         write_config(frame, model.lora, model.params, loaded.settings, loaded.base)

@@ -1,7 +1,12 @@
-"""JSON Lines files that appear by rename: whole or not at all. Knows no contents."""
+"""Files and directories that appear by rename: whole or not at all.
+
+What is in them is not this file's concern.
+"""
 
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +35,26 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     unfinished.replace(path)
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write into, which then takes the name of the one that is wanted.
+
+    One that has the name already keeps it until then, and is removed afterwards. If
+    writing fails, nothing remains of it.
+    """
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    replaced = directory.with_name(directory.name + ".replaced")
+    for path in (unfinished, replaced):
+        shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if directory.exists():
+        directory.rename(replaced)
+    unfinished.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -48,6 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokenizer().save_pretrained(directory / "tokenizer")
     tokenizer, model = str(directory / "tokenizer"), str(directory / "model")
     init(InitConfig(output=model, tokenizer=tokenizer, preset="tiny"))
+    generation = json.dumps({"eos_token_id": [2, 5]})
+    (directory / "model/generation_config.json").write_text(generation)
     reviews = [split_review(review) for review in make_reviews(96, seed=0)]
     openings = [opening for opening, _ in reviews[::2]]
     groups = [[a[1], b[1]] for a, b in zip(reviews[::2], reviews[1::2], strict=True)]

@@ -170,6 +170,16 @@ def test_the_export_of_the_last_checkpoint_is_the_final_model(
         export(ExportConfig(run=str(whole.directory), output=nowhere, step=3))
 
 
+def test_generation_settings_go_from_the_model_to_the_run_and_its_export(
+    whole: Result, place: Path
+):
+    output = export(ExportConfig(run=str(whole.directory), output=str(place / "sent")))
+    for path in (whole.directory / "model", whole.directory / "final", output):
+        settings = json.loads((path / "generation_config.json").read_text())
+        assert settings == {"eos_token_id": [2, 5]}
+        assert (path / "tokenizer.json").is_file()
+
+
 def test_a_policy_evaluated_against_itself_has_no_kl(config: TrainConfig):
     assert config.model is not None and config.data is not None
     values = evaluate_policy(

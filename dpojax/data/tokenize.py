@@ -26,6 +26,7 @@ from dpojax.data.chats import Piece, Tokenizer, Turns, render, render_messages
 from dpojax.data.conversions import ConversionCounts
 from dpojax.data.fields import Record, Text
 from dpojax.data.packing import Example
+from dpojax.data.tokenizer_files import check_files
 
 TooLong = Literal["truncate", "drop"]
 
@@ -61,11 +62,15 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
       ValueError: if it cannot be read or has no EOS token.
     """
     path = Path(source)
+    check_files(path)
     try:
         if path.is_file():
             tokenizer = _load_file(path)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(str(source))
+            # Without this, transformers asks at the terminal whether to run code.
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(source), trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"No tokenizer can be read from {source}: {reason}") from error

@@ -13,7 +13,7 @@ import jax
 
 from dpojax.models.families import family_of, num_heads_of
 from dpojax.models.functional import Params
-from dpojax.models.weight_places import Place, as_places
+from dpojax.models.weight_places import Place, as_places, is_place
 
 
 class Module(NamedTuple):
@@ -42,9 +42,7 @@ def modules_of(base: Params, settings: Mapping[str, Any]) -> list[Module]:
     """
     places = as_places(base, family_of(settings), num_heads_of(settings))
     modules: dict[str, Module] = {}
-    for path, place in jax.tree.leaves_with_path(
-        places["blocks"], is_leaf=lambda leaf: isinstance(leaf, Place)
-    ):
+    for path, place in jax.tree.leaves_with_path(places["blocks"], is_leaf=is_place):
         first, *_, kind = (entry.key for entry in path)
         if first in ("attention", "mlp") and kind == "kernel":
             names = [name.removesuffix(".weight") for name in place.names]

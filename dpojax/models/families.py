@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dpojax.models.family_table import FAMILIES, Family
 from dpojax.models.rope_settings import KEYS, RopeSettings, read_rope
+from dpojax.models.setting_kinds import check_division, check_kinds
 from dpojax.models.shape import DecoderConfig
 
 # Keys that do not change what the decoder computes from token ids.
@@ -58,14 +59,16 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
       ValueError: for a family, a key or a value that the decoder does not have.
     """
     family = family_of(settings)
-    head = _head(settings, family)
     _refuse_unsupported(settings, family)
+    check_kinds(settings, family.renamed, family.defaults)
+    head = _head(settings, family)
     known = {family.renamed.get(key, key): value for key, value in settings.items()}
     known = {**family.defaults, **known}
     missing = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                "intermediate_size"} - known.keys()  # fmt: skip
     if missing:
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}.")
+    check_division(known)
     rope = read_rope(known, family.theta, family.window_theta)
     fields = _common_fields(known, rope) | family.fields(known, rope)
     if rope.share not in (None, 1.0) and "rotary_dimension" not in fields:
@@ -153,7 +156,7 @@ def family_of(settings: Mapping[str, Any]) -> Family:
       ValueError: if there is none of that name.
     """
     name = settings.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"config.json has model_type {name!r}; supported: {', '.join(FAMILIES)}."
         )

@@ -1,29 +1,30 @@
 """Model directories in Hugging Face's form: config.json and safetensors, no torch.
 
-Reading is lazy: only the slices that a shard needs are read, straight onto it. Writing
-appears by rename, whole or not at all. Tokenizers are not this file's concern.
+Where one is, its settings, and which tensors it must have. How values are read and
+written is `read_weights` and `write_weights`; tokenizers are not this file's concern.
 """
 
 import json
 import re
-import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
 
 from dpojax.models.families import family_of, num_heads_of
 from dpojax.models.functional import Params
-from dpojax.models.weight_places import Place, as_places
+from dpojax.models.read_weights import read_weights
+from dpojax.models.weight_files import find_tensors
+from dpojax.models.weight_places import as_places, is_place
+from dpojax.models.write_weights import MAX_SHARD_SIZE, as_tensors, write_weights
+from dpojax.whole_files import whole_directory
 
-Index = tuple[slice, ...]
+_SETTINGS = "config.json"
+_GENERATION = "generation_config.json"
 
 
 def find_model(name: str) -> Path:
@@ -52,18 +53,23 @@ def read_settings(directory: Path) -> dict[str, Any]:
     Raises:
       ValueError: if the file is missing or is not a JSON object.
     """
-    path = directory / "config.json"
-    if not path.is_file():
+    if not (directory / _SETTINGS).is_file():
         raise ValueError(
-            f"{directory} is not a model directory: it has no config.json."
+            f"{directory} is not a model directory: it has no {_SETTINGS}."
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not a JSON object; it holds {settings!r}.")
-    return settings
+    return _read_object(directory / _SETTINGS)
+
+
+def read_generation_settings(directory: Path) -> dict[str, Any] | None:
+    """The contents of ``generation_config.json``, or None where there is none.
+
+    dpojax hands them on and does not use them.
+
+    Raises:
+      ValueError: if the file is not a JSON object.
+    """
+    path = directory / _GENERATION
+    return _read_object(path) if path.is_file() else None
 
 
 def read_params(
@@ -85,34 +91,20 @@ def read_params(
       Nested dicts like `abstract` of what `convert` gives: the arrays.
 
     Raises:
-      ValueError: if a tensor is missing, left over or of another shape.
+      ValueError: if a file is missing or damaged; if a tensor is missing, left over, of
+        another shape, not of floating point numbers or not finite.
     """
     settings = read_settings(directory)
     places = as_places(abstract, family_of(settings), num_heads_of(settings))
-    with ExitStack() as stack:
-        tensors = _open(directory, stack)
-        expected = {
-            name
-            for place in jax.tree.leaves(
-                places, is_leaf=lambda leaf: isinstance(leaf, Place)
-            )
-            for name in place.names.flat
-        }
-
-        def read(
-            path: tuple, place: Place, wanted: jax.ShapeDtypeStruct, sharding: Any
-        ) -> Any:
-            read_slice = _slice_reader(directory, tensors, place, wanted)
-            array = jax.make_array_from_callback(wanted.shape, sharding, read_slice)
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return convert(name, array)
-
-        params = jax.tree.map_with_path(
-            read,
-            places,
-            abstract,
-            shardings,
-            is_leaf=lambda leaf: isinstance(leaf, Place),
+    tensors = find_tensors(directory)
+    leaves = jax.tree.leaves(places, is_leaf=is_place)
+    expected = {name for place in leaves for name in place.names.flat}
+    missing = sorted(expected - tensors.keys())
+    if missing:
+        raise ValueError(
+            f"{directory} lacks the tensor {missing[0]}, which its config.json asks "
+            f"for (missing: {len(missing)} of {len(expected)}); the two are of "
+            "different models, or a part was not saved."
         )
     surplus = {name for name in tensors if name not in expected and _matters(name)}
     if not {"output", "score"} & abstract.keys():
@@ -123,135 +115,71 @@ def read_params(
             f"{directory} has tensors that its config.json does not account for: "
             f"{', '.join(sorted(surplus)[:3])}."
         )
-    return params
+    return read_weights(tensors, places, abstract, shardings, convert)
 
 
 def write_model(
     directory: Path,
     params: Params,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     write_tokenizer: Callable[[Path], object],
+    *,
+    generation_settings: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes a model directory that `transformers` loads; it appears by rename.
+
+    Every process must call it, since each holds some of the values; one writes.
 
     Args:
       directory: where; replaced if it exists.
       params: nested dicts of arrays.
       settings: contents of ``config.json``; its dtype is set to that of `params`.
       write_tokenizer: writes the tokenizer's files into a given directory.
+      generation_settings: contents of ``generation_config.json``. None: there is no
+        such file, and transformers takes the settings' tokens and its own defaults.
+      max_shard_size: most bytes of a file of weights, or a text like "5GB".
     """
-    unfinished = directory.with_name(directory.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    tensors: dict[str, np.ndarray] = {}
     places = as_places(params, family_of(settings), num_heads_of(settings))
-    for place, array in zip(
-        jax.tree.leaves(places, is_leaf=lambda leaf: isinstance(leaf, Place)),
-        jax.tree.leaves(params),
-        strict=True,
-    ):
-        _put(tensors, place, np.asarray(jax.device_get(array)))
-    save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
-    dtype = str(next(iter(tensors.values())).dtype)
-    write_settings(unfinished, settings, dtype)
-    write_tokenizer(unfinished)
-    shutil.rmtree(directory, ignore_errors=True)
-    unfinished.rename(directory)
-
-
-def write_settings(directory: Path, settings: dict[str, Any], dtype: str) -> None:
-    """Writes ``config.json`` for weights of the given dtype."""
-    kept = {key: value for key, value in settings.items() if key != "torch_dtype"}
-    text = json.dumps(kept | {"dtype": dtype}, indent=2, sort_keys=True)
-    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _put(tensors: dict[str, np.ndarray], place: Place, host: np.ndarray) -> None:
-    """Adds the tensors of one array, or its part of tensors that it shares."""
-    for index, name in np.ndenumerate(place.names):
-        values = host[index].T if place.transposed else host[index]
-        if place.outputs is None:
-            tensors[name] = np.ascontiguousarray(values)
-            continue
-        shape = place.stored_shape(values.shape)
-        whole = tensors.setdefault(name, np.empty(shape, values.dtype))
-        whole[place.stored_index(place.outputs)] = values
-
-
-def _open(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """Every tensor's name to the open file that holds it."""
-    index, single = (
-        directory / "model.safetensors.index.json",
-        directory / "model.safetensors",
-    )
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of shards: {error}") from error
-    elif single.is_file():
-        files = [single.name]
+    tensors = as_tensors(params, places)
+    if jax.process_index() == 0:
+        with whole_directory(directory) as unfinished:
+            write_weights(unfinished, tensors, max_shard_size=max_shard_size)
+            dtype = next(iter(tensors.values())).dtype
+            write_settings(unfinished, settings, str(dtype), generation_settings)
+            write_tokenizer(unfinished)
     else:
-        raise ValueError(
-            f"{directory} has no model.safetensors and no index of its shards; "
-            "other formats of weights are not read."
-        )
-    tensors = {}
-    for name in files:
-        path = directory / Path(name).name  # an index cannot point elsewhere
-        try:
-            file = stack.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        tensors |= dict.fromkeys(file.keys(), file)
-    return tensors
+        write_weights(directory, tensors, max_shard_size=max_shard_size)
+    if jax.process_count() > 1:  # nobody reads before the directory is there
+        multihost_utils.sync_global_devices(f"wrote {directory}")
 
 
-def _slice_reader(
+def write_settings(
     directory: Path,
-    tensors: dict[str, Any],
-    place: Place,
-    wanted: jax.ShapeDtypeStruct,
-) -> Callable[[Any], np.ndarray]:
-    """A function from an index into our array to its values, read from the files."""
-    num_stacked = place.names.ndim
-    shape = wanted.shape[num_stacked:]
-    shape = place.stored_shape(shape[::-1] if place.transposed else shape)
-    for name in place.names.flat:
-        if name not in tensors:
-            raise ValueError(f"{directory} lacks the tensor {name}.")
-        found = tuple(tensors[name].get_slice(name).get_shape())
-        if found != shape:
-            raise ValueError(
-                f"{directory}: {name} has shape {found}, but config.json asks for "
-                f"{shape}."
-            )
-
-    def read_one(name: str, index: Index) -> np.ndarray:
-        view = tensors[name].get_slice(name)
-        index = index[::-1] if place.transposed else index
-        values = _read_outputs(view, place, index)
-        return (values.T if place.transposed else values).astype(wanted.dtype)
-
-    def read(index: Index) -> np.ndarray:
-        names = np.asarray(place.names[index[:num_stacked]], object)
-        tensors = [read_one(name, index[num_stacked:]) for name in names.flat]
-        if num_stacked == 0:
-            return tensors[0]  # not a copy
-        return np.stack(tensors).reshape(*names.shape, *tensors[0].shape)
-
-    return read
+    settings: Mapping[str, Any],
+    dtype: str,
+    generation_settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes ``config.json`` for weights of a dtype and ``generation_config.json``."""
+    kept = {key: value for key, value in settings.items() if key != "torch_dtype"}
+    _write_object(directory / _SETTINGS, kept | {"dtype": dtype})
+    if generation_settings is not None:
+        _write_object(directory / _GENERATION, generation_settings)
 
 
-def _read_outputs(view: Any, place: Place, index: Index) -> np.ndarray:
-    """The slice of one tensor; of a fused one, those of its outputs that are ours."""
-    if place.outputs is None:
-        return view[index]
-    outputs = place.outputs[index[place.outputs_dimension]]
-    first = int(outputs[0])
-    stored = list(index)
-    stored[place.outputs_dimension] = slice(first, int(outputs[-1]) + 1)
-    return view[tuple(stored)][place.stored_index(outputs - first)]
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object; it holds {content!r}.")
+    return content
+
+
+def _write_object(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _matters(name: str) -> bool:

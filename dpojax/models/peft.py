@@ -8,13 +8,13 @@ file knows neither the loop nor how adapters compute.
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -23,6 +23,8 @@ from dpojax.models.adapter_modules import Module, choose_modules, modules_of
 from dpojax.models.families import family_of
 from dpojax.models.functional import Params
 from dpojax.models.lora import LoraShape
+from dpojax.models.write_weights import on_host
+from dpojax.whole_files import whole_directory
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -178,6 +180,8 @@ def write_adapters(
 ) -> None:
     """Writes a directory that PEFT loads; it appears by rename.
 
+    Every process must call it, since each holds some of the values; one writes.
+
     Args:
       directory: where; replaced if it exists.
       adapters: nested dicts of arrays.
@@ -187,10 +191,7 @@ def write_adapters(
       base_name: by which the base is found again.
       write_tokenizer: writes the tokenizer's files into a given directory.
     """
-    unfinished = directory.with_name(directory.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    host = jax.device_get(adapters)
+    host = jax.tree.map(on_host, adapters)
     tensors: dict[str, np.ndarray] = {}
     for module in modules_of(base, settings):
         if shape.modules.isdisjoint(module.parts):
@@ -199,12 +200,14 @@ def write_adapters(
             for kind, value in whole_of(host, module, index).items():
                 tensors[_PREFIX + name + _KINDS[kind]] = np.ascontiguousarray(value)
     if "score" in host:
-        tensors[_PREFIX + "score.weight"] = np.asarray(host["score"]["embedding"])
-    save_file(tensors, unfinished / _WEIGHTS, metadata={"format": "pt"})
-    write_config(unfinished, shape, base, settings, base_name)
-    write_tokenizer(unfinished)
-    shutil.rmtree(directory, ignore_errors=True)
-    unfinished.rename(directory)
+        tensors[_PREFIX + "score.weight"] = host["score"]["embedding"]
+    if jax.process_index() == 0:
+        with whole_directory(directory) as unfinished:
+            save_file(tensors, unfinished / _WEIGHTS, metadata={"format": "pt"})
+            write_config(unfinished, shape, base, settings, base_name)
+            write_tokenizer(unfinished)
+    if jax.process_count() > 1:  # nobody reads before the directory is there
+        multihost_utils.sync_global_devices(f"wrote {directory}")
 
 
 def write_config(

@@ -38,6 +38,11 @@ class Place(NamedTuple):
         return (*before, self.num_outputs, *shape[self.outputs_dimension + 1 :])
 
 
+def is_place(leaf: Any) -> bool:
+    """Where a tree of places ends: a `Place` is a tuple, which JAX would enter."""
+    return isinstance(leaf, Place)
+
+
 def as_places(params: Params, family: Family, num_heads: int = 1) -> Params:
     """A `Place` for each array.
 
