@@ -6,10 +6,8 @@ What every command does first. This file knows no objective and no loop.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpojax.data.packing import Example, end_as_input
@@ -20,16 +18,19 @@ from dpojax.models.functional import Params
 from dpojax.models.huggingface import (
     find_model,
     read_generation_settings,
-    read_params,
     read_settings,
 )
 from dpojax.models.lora import LoraShape, graft, split_adapters
 from dpojax.models.peft import has_score, is_adapter, read_base_name, read_shape
-from dpojax.models.quantized import make_quantize
-from dpojax.placing import make_adapters, place_adapters
-from dpojax.sharding import as_shardings, make_by_shard, make_constrain
+from dpojax.placing import (
+    BaseDtype,
+    Keeping,
+    make_adapters,
+    make_kept_model,
+    place_adapters,
+    read_base,
+)
 
-BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 # The base's shapes and settings to the adapters that it is to get.
 NewAdapters = Callable[[Params, Mapping[str, Any]], LoraShape]
 
@@ -92,8 +93,8 @@ def load_model(
             f"{name} is a reward model, which predicts no tokens; give a causal "
             "language model here."
         )
-    options = _Options(mesh, compute_dtype, remat, base_dtype, dropout)
-    return _load(source, options, new_adapters, seed)
+    keeping = Keeping(mesh, compute_dtype, remat, base_dtype, dropout)
+    return _load(source, keeping, new_adapters, seed)
 
 
 def load_reward_model(
@@ -135,8 +136,8 @@ def load_reward_model(
                 "reward model from it first, or give one."
             )
         source = _with_score(source)
-    options = _Options(mesh, compute_dtype, remat, base_dtype, dropout)
-    return _load(source, options, new_adapters, seed or 0)
+    keeping = Keeping(mesh, compute_dtype, remat, base_dtype, dropout)
+    return _load(source, keeping, new_adapters, seed or 0)
 
 
 def as_reward_examples(examples: Sequence[Example], loaded: Loaded) -> list[Example]:
@@ -184,27 +185,12 @@ def check_positions(loaded: Loaded, length: int) -> None:
         )
 
 
-def default_dtype() -> str:
-    """bfloat16 where the hardware multiplies it fast."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
 def new_directory(name: str) -> Path:
     """Refuses a directory that already holds something."""
     path = Path(name)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} already exists; choose another --output.")
     return path
-
-
-class _Options(NamedTuple):
-    """How a model is kept and computed."""
-
-    mesh: Mesh
-    compute_dtype: str | None
-    remat: bool
-    base_dtype: BaseDtype | None
-    dropout: float
 
 
 def _read_source(name: str) -> _Source:
@@ -247,9 +233,9 @@ def _with_score(source: _Source) -> _Source:
 
 
 def _load(
-    source: _Source, options: _Options, new_adapters: NewAdapters | None, seed: int
+    source: _Source, keeping: Keeping, new_adapters: NewAdapters | None, seed: int
 ) -> Loaded:
-    shape, mesh = None, options.mesh
+    shape, mesh = None, keeping.mesh
     abstract = make_model(source.config).params
     if source.adapters is not None:
         if new_adapters is not None:
@@ -261,14 +247,14 @@ def _load(
     elif new_adapters is not None:
         shape = new_adapters(abstract, source.settings)
     if shape is not None:
-        shape = replace(shape, dropout=options.dropout)
-    elif options.base_dtype is not None or options.dropout:
+        shape = replace(shape, dropout=keeping.dropout)
+    elif keeping.base_dtype is not None or keeping.dropout:
         raise ValueError(
             "--lora.base and --lora.dropout have no effect without adapters; give "
             "--lora.rank, or a directory of adapters as --model."
         )
-    model = _make_model(source.config, options, shape)
-    params = _read_base(source.directory, model, mesh, seed)
+    model = make_kept_model(source.config, keeping, shape)
+    params = read_base(source.directory, model, mesh, seed)
     if source.adapters is not None:
         read = place_adapters(source.adapters, model, source.settings, mesh)
         params = graft(params, read)
@@ -287,51 +273,6 @@ def _load(
     )
 
 
-def _make_model(
-    config: DecoderConfig, options: _Options, lora: LoraShape | None
-) -> Model:
-    compute_dtype = jnp.dtype(options.compute_dtype or default_dtype())
-    base = options.base_dtype
-    if config.experts is not None and base in ("int8", "nf4"):
-        raise ValueError(
-            f"--lora.base {base} would leave a model's experts as they are, which are "
-            "most of it; for models with experts, give float32 or bfloat16."
-        )
-    param_dtype = jnp.dtype("float32") if lora is None else compute_dtype
-    if base in ("float32", "bfloat16"):
-        param_dtype = jnp.dtype(base)
-    return make_model(
-        config,
-        compute_dtype=compute_dtype,
-        param_dtype=param_dtype,
-        remat=options.remat,
-        constrain=make_constrain(options.mesh),
-        by_shard=make_by_shard(options.mesh),
-        quantization=base if base == "int8" or base == "nf4" else None,
-        lora=lora,
-    )
-
-
-def _read_base(directory: Path, model: Model, mesh: Mesh, seed: int) -> Params:
-    """A model's parameters without adapters, its head made where the file has none."""
-    shardings = as_shardings(model.params, mesh)
-    quantize = make_quantize(model.quantization)
-    has_head = as_decoder_config(read_settings(directory)).head == model.config.head
-    wanted = {
-        name: leaf for name, leaf in model.params.items() if has_head or name != "score"
-    }
-    where = {name: shardings[name] for name in wanted}
-    params = read_params(directory, wanted, where, convert=quantize)
-    if has_head:
-        return params
-
-    def make_head(key: jax.Array) -> Params:
-        return model.init(key)["score"]  # the compiler drops what is not returned
-
-    init = jax.jit(make_head, out_shardings=shardings["score"])
-    return params | {"score": init(jax.random.key(seed))}
-
-
 def _read_same_shape(directory: Path, name: str, like: Loaded, mesh: Mesh) -> Params:
     """A reference without adapters; the policy's own arrays where it is its base."""
     if like.model.lora is not None and directory == find_model(like.base):
@@ -348,7 +289,7 @@ def _read_same_shape(directory: Path, name: str, like: Loaded, mesh: Mesh) -> Pa
             f"The reference {name} is a model of another shape than the policy: "
             f"{_difference(config, wanted)}."
         )
-    return _read_base(directory, like.model, mesh, seed=0)
+    return read_base(directory, like.model, mesh, seed=0)
 
 
 def _difference(found: Any, wanted: Any) -> str:

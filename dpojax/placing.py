@@ -1,17 +1,91 @@
-"""Adapters on a mesh: new ones, or those of a directory. Knows no training."""
+"""Parameters on a mesh: a base as it is to be kept, adapters new or of a directory.
+
+This file knows no tokenizer and no training.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dpojax.models.decoder import Model
+from dpojax.models.decoder import DecoderConfig, Model, make_model
+from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
-from dpojax.models.lora import start_adapters
+from dpojax.models.huggingface import read_params, read_settings
+from dpojax.models.lora import LoraShape, start_adapters
 from dpojax.models.peft import read_adapters
-from dpojax.sharding import as_shardings
+from dpojax.models.quantized import make_quantize
+from dpojax.sharding import as_shardings, make_by_shard, make_constrain
+
+BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
+
+
+class Keeping(NamedTuple):
+    """How a model is kept and computed."""
+
+    mesh: Mesh
+    compute_dtype: str | None  # None: bfloat16, on a CPU float32
+    remat: bool
+    base_dtype: BaseDtype | None  # of a base of adapters; None: as it computes
+    dropout: float  # of what enters adapters, in training
+
+
+def make_kept_model(
+    config: DecoderConfig, keeping: Keeping, lora: LoraShape | None
+) -> Model:
+    """The functions of a model that is kept so.
+
+    Raises:
+      ValueError: for experts that would have to be quantised.
+    """
+    compute_dtype = jnp.dtype(keeping.compute_dtype or default_dtype())
+    base = keeping.base_dtype
+    if config.experts is not None and base in ("int8", "nf4"):
+        raise ValueError(
+            f"--lora.base {base} would leave a model's experts as they are, which are "
+            "most of it; for models with experts, give float32 or bfloat16."
+        )
+    param_dtype = jnp.dtype("float32") if lora is None else compute_dtype
+    if base in ("float32", "bfloat16"):
+        param_dtype = jnp.dtype(base)
+    return make_model(
+        config,
+        compute_dtype=compute_dtype,
+        param_dtype=param_dtype,
+        remat=keeping.remat,
+        constrain=make_constrain(keeping.mesh),
+        by_shard=make_by_shard(keeping.mesh),
+        quantization=base if base == "int8" or base == "nf4" else None,
+        lora=lora,
+    )
+
+
+def default_dtype() -> str:
+    """bfloat16 where the hardware multiplies it fast."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def read_base(directory: Path, model: Model, mesh: Mesh, seed: int) -> Params:
+    """A model's parameters without adapters, its head made where the file has none."""
+    shardings = as_shardings(model.params, mesh)
+    quantize = make_quantize(model.quantization)
+    has_head = as_decoder_config(read_settings(directory)).head == model.config.head
+    wanted = {
+        name: leaf for name, leaf in model.params.items() if has_head or name != "score"
+    }
+    where = {name: shardings[name] for name in wanted}
+    params = read_params(directory, wanted, where, convert=quantize)
+    if has_head:
+        return params
+
+    def make_head(key: jax.Array) -> Params:
+        return model.init(key)["score"]  # the compiler drops what is not returned
+
+    init = jax.jit(make_head, out_shardings=shardings["score"])
+    return params | {"score": init(jax.random.key(seed))}
 
 
 def make_adapters(model: Model, base: Params, mesh: Mesh, seed: int) -> Params:

@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 import optax
 
-from dpojax.config import LoraConfig, LossConfig, MovingConfig, OptimizerConfig
+from dpojax.config import (
+    LoraConfig,
+    LossConfig,
+    MovingConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from dpojax.data.packing import Example
 from dpojax.data.records import load_records
 from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
@@ -78,6 +84,42 @@ def make_movement(config: MovingConfig, loss: Loss) -> Movement | None:
                 f"it has {', '.join(known)}."
             )
     return {"tr_dpo": tr_dpo, "bema": bema}[config.kind](**given)
+
+
+def check_training(config: TrainConfig, loss: Loss) -> None:
+    """Refuses settings that cannot work, whatever the model and data.
+
+    Raises:
+      ValueError: naming the setting, its value and what is allowed.
+    """
+    if config.model is None or not config.data:
+        missing = "--model" if config.model is None else "--data"
+        raise ValueError(f"Training needs a model and data; {missing} is missing.")
+    if config.reference is not None and "reference" not in loss.needs:
+        raise ValueError(f"The loss {loss.name!r} uses no reference; leave it out.")
+    if config.batch_size == 1 and "mismatched" in loss.needs:
+        raise ValueError(
+            f"The loss {loss.name!r} compares each example with another of its batch; "
+            "batch_size must be at least 2."
+        )
+    if config.epochs is not None and config.steps is not None:
+        raise ValueError("Give the length of the run by --epochs or --steps, not both.")
+    positive = ("batch_size", "microbatches", "chunk_size", "log_every",
+                "evaluate_every", "save_every", "keep_last")  # fmt: skip
+    optional = ("epochs", "steps", "stop_after", "max_examples")
+    settings = vars(config)
+    for name in positive + optional:
+        if settings[name] is not None and settings[name] <= 0:
+            raise ValueError(f"{name} is {settings[name]}; it must be positive.")
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}; it must not be negative.")
+    if config.epochs is not None and not math.isfinite(config.epochs):
+        raise ValueError(f"epochs is {config.epochs}; it must be a finite number.")
+    if config.sample_prompts < 0 or config.sample_tokens < 1:
+        raise ValueError(
+            f"{config.sample_tokens} tokens of {config.sample_prompts} prompts cannot "
+            "be sampled; neither may be negative, and at least one token is needed."
+        )
 
 
 def make_new_adapters(config: LoraConfig) -> NewAdapters | None:

@@ -34,6 +34,7 @@ from dpojax.policy import (
 )
 from dpojax.prepare import (
     balance_advice,
+    check_training,
     configured_schedule,
     load_examples,
     make_configured_loss,
@@ -83,7 +84,7 @@ def run(config: TrainConfig) -> Result:
     loss = make_configured_loss(config.loss)
     movement = make_movement(config.moving, loss)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _check(config, loss)
+    check_training(config, loss)
     directory = choose_directory(config)
 
     # -- Model, data and reference ----------------------------------------------------
@@ -303,37 +304,6 @@ def _make_sample_writer(
         return sample_metrics(completions, loaded.eos_token)
 
     return sampled
-
-
-def _check(config: TrainConfig, loss: Loss) -> None:
-    if config.model is None or not config.data:
-        missing = "--model" if config.model is None else "--data"
-        raise ValueError(f"Training needs a model and data; {missing} is missing.")
-    if config.reference is not None and "reference" not in loss.needs:
-        raise ValueError(f"The loss {loss.name!r} uses no reference; leave it out.")
-    if config.batch_size == 1 and "mismatched" in loss.needs:
-        raise ValueError(
-            f"The loss {loss.name!r} compares each example with another of its batch; "
-            "batch_size must be at least 2."
-        )
-    if config.epochs is not None and config.steps is not None:
-        raise ValueError("Give the length of the run by --epochs or --steps, not both.")
-    positive = ("batch_size", "microbatches", "chunk_size", "log_every",
-                "evaluate_every", "save_every", "keep_last")  # fmt: skip
-    optional = ("epochs", "steps", "stop_after", "max_examples")
-    settings = vars(config)
-    for name in positive + optional:
-        if settings[name] is not None and settings[name] <= 0:
-            raise ValueError(f"{name} is {settings[name]}; it must be positive.")
-    if config.seed < 0:
-        raise ValueError(f"seed is {config.seed}; it must not be negative.")
-    if config.epochs is not None and not math.isfinite(config.epochs):
-        raise ValueError(f"epochs is {config.epochs}; it must be a finite number.")
-    if config.sample_prompts < 0 or config.sample_tokens < 1:
-        raise ValueError(
-            f"{config.sample_tokens} tokens of {config.sample_prompts} prompts cannot "
-            "be sampled; neither may be negative, and at least one token is needed."
-        )
 
 
 def _read_examples(

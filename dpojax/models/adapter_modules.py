@@ -82,6 +82,15 @@ def choose_modules(
     return frozenset(chosen)
 
 
+def short_name(
+    module: Module, chosen: Sequence[Module], every: Sequence[Module]
+) -> str:
+    """The end of a module's name that no module has which is not chosen."""
+    others = {one.end for one in every if one not in chosen}
+    parts = module.names[0].split(".")
+    return module.end if module.end not in others else ".".join(parts[-2:])
+
+
 def _matches(target: str, module: Module) -> bool:
     if target == "all-linear":
         return True

@@ -19,7 +19,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dpojax.models.adapter_layout import Layer, part_of, whole_of
-from dpojax.models.adapter_modules import Module, choose_modules, modules_of
+from dpojax.models.adapter_modules import (
+    Module,
+    choose_modules,
+    modules_of,
+    short_name,
+)
 from dpojax.models.families import family_of
 from dpojax.models.functional import Params
 from dpojax.models.lora import LoraShape
@@ -220,7 +225,7 @@ def write_config(
     """Writes ``adapter_config.json``; takes what `write_adapters` takes."""
     every = modules_of(base, settings)
     modules = [one for one in every if not shape.modules.isdisjoint(one.parts)]
-    names = {_shortest(module, modules, every): module for module in modules}
+    names = {short_name(module, modules, every): module for module in modules}
     ranks = {
         name: shape.rank * len(module.parts)
         for name, module in names.items()
@@ -260,13 +265,6 @@ def _as_shape(modules: Iterable[str], config: Mapping[str, Any]) -> LoraShape:
         kind="dora" if config.get("use_dora") else "lora",
         scaling="rslora" if config.get("use_rslora") else "standard",
     )
-
-
-def _shortest(module: Module, chosen: list[Module], every: list[Module]) -> str:
-    """The end of a module's name that no other one has which is not chosen."""
-    others = {one.end for one in every if one not in chosen}
-    parts = module.names[0].split(".")
-    return module.end if module.end not in others else ".".join(parts[-2:])
 
 
 def _divisor(shape: LoraShape, rank: int) -> float:
