@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from dpojax.models.family_table import FAMILIES, Family
-from dpojax.models.rope_settings import KEYS, RopeSettings, read_rope
+from dpojax.models.rope_settings import (
+    KEYS,
+    RopeSettings,
+    check_factors,
+    read_rope,
+)
 from dpojax.models.shape import DecoderConfig
 
 # Keys that do not change what the decoder computes from token ids.
@@ -66,14 +71,17 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
                "intermediate_size"} - known.keys()  # fmt: skip
     if missing:
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}.")
-    rope = read_rope(known, family.theta, family.window_theta)
+    rope = read_rope(known, family.theta, family.window_theta, family.rope_names)
     fields = _common_fields(known, rope) | family.fields(known, rope)
     if rope.share not in (None, 1.0) and "rotary_dimension" not in fields:
         raise ValueError(
             f"config.json has partial_rotary_factor = {rope.share!r}; "
             f"dpojax supports 1.0 for {family.name}."
         )
-    return DecoderConfig(**fields, head=head)
+    config = DecoderConfig(**fields, head=head)
+    for one in (rope.whole, rope.window):
+        check_factors(one, config.rotary_dimension or config.head_dimension)
+    return config
 
 
 def _common_fields(settings: Mapping[str, Any], rope: RopeSettings) -> dict[str, Any]:

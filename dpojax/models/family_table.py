@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dpojax.models import weight_names
 from dpojax.models.rope_settings import RopeSettings
+from dpojax.models.rotary import LongRope
 
 Settings = Mapping[str, Any]
 Fields = dict[str, Any]  # of `DecoderConfig`
@@ -30,6 +31,7 @@ class Family(NamedTuple):
     reward_name: str | None = ""  # of reward models; "": as `name`; None: has none
     transposed: bool = True  # kernels are stored [outputs, inputs]
     fused_by_head: bool = False  # in a fused tensor, each head's parts are together
+    rope_names: Mapping[str, str] = {}  # its names of rotary scalings to others' names
 
 
 _WINDOW = frozenset({"sliding_window", "layer_types"})
@@ -117,10 +119,10 @@ def _olmo3(settings: Settings, rope: RopeSettings) -> Fields:
 
 
 def _phi3(settings: Settings, rope: RopeSettings) -> Fields:
-    if rope.whole.scaling is not None:
+    if not isinstance(rope.whole.scaling, LongRope | None):
         raise ValueError(
-            "config.json scales rotary positions, which of Phi-3 is by 'longrope' "
-            "whatever it is called; supported: 'default'."
+            "config.json scales rotary positions of Phi-3 by another kind than "
+            "'default' and 'longrope' ('su' and 'yarn' are its older names)."
         )
     return _partial(settings, rope.share) | _windows(settings, lambda layer: True)
 
@@ -335,7 +337,6 @@ FAMILIES = {
         "Phi3",
         weight_names.PHI3,
         _phi3,
-        # The original length matters to longrope alone, which is refused.
         frozenset(
             {
                 "sliding_window",
@@ -343,13 +344,22 @@ FAMILIES = {
                 "resid_pdrop",
                 "embd_pdrop",
                 "original_max_position_embeddings",
+                "auto_map",  # code of the hub that transformers has had since
             }
         ),
         {
             "rms_norm_eps": 1e-5,
             "partial_rotary_factor": 1.0,
             "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
         },
+        # Of Phi-4-mini's own code.
+        only={
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+            "lm_head_bias": (False,),
+        },
+        rope_names={"su": "longrope", "yarn": "longrope"},
     ),
     "gemma": Family(
         "Gemma",
