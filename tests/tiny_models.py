@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
@@ -38,9 +40,11 @@ class Pair(NamedTuple):
     params: Params
 
 
-def make_pair(directory: Path, family: str, changes: dict[str, Any]) -> Pair:
+def make_pair(
+    directory: Path, family: str, changes: dict[str, Any], seed: int = 0
+) -> Pair:
     """A model of transformers, saved and read."""
-    theirs = make_theirs(family, changes)
+    theirs = make_theirs(family, changes, seed=seed)
     theirs.save_pretrained(directory)
     model = make_model(as_decoder_config(read_settings(directory)), remat=False)
     return Pair(theirs, directory, model, read(directory, model))
@@ -52,6 +56,18 @@ def read(directory: Path, model: Model) -> Params:
     return read_params(
         directory, model.params, jax.tree.map(lambda _: whole, model.params)
     )
+
+
+def keep_gradient() -> optax.GradientTransformation:
+    """An optimiser that changes nothing; its state after a step is the gradient."""
+
+    def init(params: Params) -> Params:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates: Params, state: Params, params: Params | None = None) -> tuple:
+        return init(updates), updates
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_theirs(
