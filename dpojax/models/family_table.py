@@ -332,6 +332,7 @@ FAMILIES = {
         _WINDOW,
         {"rms_norm_eps": 1e-5, "sliding_window": 4096},
         theta=500_000.0,
+        window_theta=500_000.0,  # unscaled, and whatever rope_theta says
     ),
     "phi3": Family(
         "Phi3",

@@ -56,9 +56,9 @@ def read_rope(
       ValueError: for a kind of scaling, or a key of one, that is not known.
     """
     read = partial(_read_one, lengths=_read_lengths(settings), names=other_names or {})
-    theta = settings.get("rope_theta") or theta
+    theta = float(settings.get("rope_theta") or theta)
     if window_theta is not None:
-        window_theta = settings.get("rope_local_base_freq") or window_theta
+        window_theta = float(settings.get("rope_local_base_freq") or window_theta)
     given = _one_of(settings, "rope_parameters", "rope_scaling")
     by_kind = any(isinstance(value, Mapping) for value in given.values())
     if by_kind:
@@ -73,7 +73,7 @@ def read_rope(
     whole, share = read(given, theta)
     if window_theta is None:
         return RopeSettings(whole, whole, share)
-    return RopeSettings(whole, Rope(theta=float(window_theta)), share)
+    return RopeSettings(whole, Rope(theta=window_theta), share)
 
 
 def check_factors(rope: Rope, dimension: int) -> None:
