@@ -129,13 +129,21 @@ def as_settings(config: DecoderConfig) -> dict[str, Any]:
 
 
 def as_reward_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a reward model whose decoder is that of a causal model."""
-    architecture = next(
-        name for name, head in _heads(family_of(settings)).items() if head == "score"
-    )
+    """The ``config.json`` of a reward model whose decoder is that of a causal model.
+
+    Raises:
+      ValueError: if transformers has no reward model of the family.
+    """
+    family = family_of(settings)
+    named = {head: name for name, head in _heads(family).items()}
+    if "score" not in named:
+        raise ValueError(
+            f"transformers has no reward model of {family.name}; make one of a causal "
+            "model of another family."
+        )
     kept = {key: value for key, value in settings.items() if key != "num_labels"}
     return kept | {
-        "architectures": [architecture],
+        "architectures": [named["score"]],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }
