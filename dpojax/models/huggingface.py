@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from dpojax.models.families import family_of, num_heads_of
 from dpojax.models.functional import Params
-from dpojax.models.weight_places import Place, as_places
+from dpojax.models.weight_places import Place, as_named, as_places
 
 Index = tuple[slice, ...]
 
@@ -82,9 +82,10 @@ def read_params(directory: Path, abstract: Params, shardings: Params) -> Params:
       ValueError: if a tensor is missing, left over or of another shape.
     """
     settings = read_settings(directory)
-    places = as_places(abstract, family_of(settings), num_heads_of(settings))
     with ExitStack() as stack:
         tensors = _open(directory, stack)
+        family = as_named(family_of(settings), tensors)
+        places = as_places(abstract, family, num_heads_of(settings))
         expected = {
             name
             for place in jax.tree.leaves(
