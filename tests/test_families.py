@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpojax.models.families import as_decoder_config, as_reward_settings, as_settings
+from dpojax.models.family_table import FAMILIES
 from dpojax.models.rotary import Llama3Rope, LongRope, Rope, rotary_frequencies
 from dpojax.models.shape import DecoderConfig
 
@@ -238,6 +239,61 @@ def test_phi3_has_no_other_kind_of_scaling():
     rope = {"type": "linear", "factor": 2.0}
     with pytest.raises(ValueError, match="another kind than 'default' and 'longrope'"):
         as_decoder_config(PHI4_MINI | {"rope_scaling": rope})
+
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 172,
+}
+# What no family has.
+NEVER = {
+    "logit_softcap": 30.0,
+    "rope_theta_scale": 2.0,
+    "mlp_bias": True,
+    "pretraining_tp": 2,
+    "use_mrope": True,
+    "use_bidirectional_attention": True,
+    "quantization_config": {"bits": 4},
+    "hidden_act": "relu",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_reads_a_config_of_sizes_alone(family: str):
+    config = as_decoder_config(SIZES | {"model_type": family})
+    assert (config.width, config.num_heads, config.head) == (64, 4, "vocabulary")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_architecture_that_a_family_does_not_have_is_refused(family: str):
+    name = f"{FAMILIES[family].name}ForTokenClassification"
+    for architectures in ([name], ["T5ForConditionalGeneration"]):
+        named = {"model_type": family, "architectures": architectures}
+        with pytest.raises(ValueError, match=f"{architectures[0]}.*dpojax reads one"):
+            as_decoder_config(SIZES | named)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [(family, key) for family in FAMILIES for key in NEVER]
+)
+def test_what_no_family_has_is_refused_by_name(family: str, key: str):
+    with pytest.raises(ValueError, match=f"config.json has '?{key}"):
+        as_decoder_config(SIZES | {"model_type": family, key: NEVER[key]})
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [(name, key) for name, family in FAMILIES.items() for key in family.only],
+)
+def test_a_key_is_allowed_at_the_values_of_the_table_alone(family: str, key: str):
+    allowed = FAMILIES[family].only[key]
+    for value in allowed:
+        as_decoder_config(SIZES | {"model_type": family, key: value})
+    with pytest.raises(ValueError, match=f"has {key} = 12345; dpojax supports"):
+        as_decoder_config(SIZES | {"model_type": family, key: 12345})
 
 
 def test_a_window_is_of_the_layers_that_the_config_says():

@@ -219,6 +219,7 @@ def _refuse_unsupported(settings: Mapping[str, Any], family: Family) -> None:
                 "will not ignore; remove it if it does not change the model."
             )
         if value is not None and value not in only[key]:
+            allowed = " or ".join(map(repr, only[key]))
             raise ValueError(
-                f"config.json has {key} = {value!r}; dpojax supports {only[key][0]!r}."
+                f"config.json has {key} = {value!r}; dpojax supports {allowed}."
             )

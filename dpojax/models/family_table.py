@@ -265,6 +265,10 @@ _GPT_ONLY = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
+    # transformers does not read them: GPT-J's base is always 10,000.
+    "rope_theta": (None,),
+    "rope_scaling": (None,),
+    "rope_parameters": (None,),
 }
 
 FAMILIES = {
