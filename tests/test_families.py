@@ -13,7 +13,8 @@ from dpojax.models.families import (
     as_settings,
     aux_loss_coefficient,
 )
-from dpojax.models.rotary import Llama3Rope, Rope, rotary_frequencies
+from dpojax.models.family_table import FAMILIES
+from dpojax.models.rotary import Llama3Rope, LongRope, Rope, rotary_frequencies
 from dpojax.models.shape import DecoderConfig, ExpertShape
 
 SCALING = {
@@ -139,10 +140,25 @@ def test_unscaled_rotary_settings_are_read_in_every_form(rope: dict[str, Any]):
         ({"pretraining_tp": 2}, "pretraining_tp = 2; dpojax supports 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
         (
-            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
-            "by 'longrope'; supported",
+            {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}},
+            "by 'proportional'; supported: 'default', 'linear', 'dynamic'",
         ),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "by 'dynamic'; supp"),
+        ({"rope_scaling": {"type": "su", "factor": 4.0}}, "by 'su'; supported"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            "lacks the rotary setting short_factor",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0, "alpha": 1000.0}},
+            r"unknown rotary settings \['alpha'\]",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "default"},
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+            },
+            "both rope_parameters and rope_scaling, which differ",
+        ),
         (
             {"rope_scaling": {"rope_type": "llama3", **SCALING, "mscale": 1.0}},
             r"unknown rotary settings \['mscale'\]",
@@ -158,6 +174,131 @@ def test_what_the_decoder_does_not_have_is_refused_by_name(
 ):
     with pytest.raises(ValueError, match=message):
         as_decoder_config(llama(**changes))
+
+
+PHI4_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+    "embd_pdrop": 0.0,
+    "full_attn_mod": 1,
+    "hidden_act": "silu",
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "phi3",
+    "num_attention_heads": 6,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0] * 6,
+        "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "vocab_size": 512,
+}
+
+
+@pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
+def test_the_scaling_of_phi3_is_longrope_whatever_it_is_called(name: str):
+    """With Phi-4-mini's keys; attention's factor is sqrt(1 + log(32) / log(4096))."""
+    rope = PHI4_MINI["rope_scaling"] | {"type": name}
+    config = as_decoder_config(PHI4_MINI | {"rope_scaling": rope})
+    assert config.rotary_dimension == 12
+    scaling = config.rope_scaling
+    assert isinstance(scaling, LongRope)
+    assert scaling.short_factors == (1.0,) * 6
+    assert scaling.long_factors == (1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
+    assert scaling.original_length == 4096
+    assert scaling.attention_factor == pytest.approx((1 + 5 / 12) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"long_factor": [1.0] * 5}, "has 6 numbers as short_factor and 5 as long"),
+        ({"short_factor": [1.0] * 8}, "12 dimensions turn, which takes 6"),
+        ({"type": "linear", "factor": 2.0}, "unknown rotary settings"),
+        ({"original_max_position_embeddings": 8192}, "8192 in its rotary settings and"),
+    ],
+)
+def test_longrope_settings_that_do_not_fit_are_refused(
+    rope: dict[str, Any], message: str
+):
+    rope = PHI4_MINI["rope_scaling"] | rope
+    with pytest.raises(ValueError, match=message):
+        as_decoder_config(PHI4_MINI | {"rope_scaling": rope})
+
+
+def test_phi3_has_no_other_kind_of_scaling():
+    rope = {"type": "linear", "factor": 2.0}
+    with pytest.raises(ValueError, match="another kind than 'default' and 'longrope'"):
+        as_decoder_config(PHI4_MINI | {"rope_scaling": rope})
+
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 172,
+}
+# What no family has.
+NEVER = {
+    "logit_softcap": 30.0,
+    "rope_theta_scale": 2.0,
+    "mlp_bias": True,
+    "pretraining_tp": 2,
+    "use_mrope": True,
+    "use_bidirectional_attention": True,
+    "quantization_config": {"bits": 4},
+    "hidden_act": "relu",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_reads_a_config_of_sizes_alone(family: str):
+    config = as_decoder_config(SIZES | {"model_type": family})
+    assert (config.width, config.num_heads, config.head) == (64, 4, "vocabulary")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_architecture_that_a_family_does_not_have_is_refused(family: str):
+    name = f"{FAMILIES[family].name}ForTokenClassification"
+    for architectures in ([name], ["T5ForConditionalGeneration"]):
+        named = {"model_type": family, "architectures": architectures}
+        with pytest.raises(ValueError, match=f"{architectures[0]}.*dpojax reads one"):
+            as_decoder_config(SIZES | named)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [(family, key) for family in FAMILIES for key in NEVER]
+)
+def test_what_no_family_has_is_refused_by_name(family: str, key: str):
+    with pytest.raises(ValueError, match=f"config.json has '?{key}"):
+        as_decoder_config(SIZES | {"model_type": family, key: NEVER[key]})
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [(name, key) for name, family in FAMILIES.items() for key in family.only],
+)
+def test_a_key_is_allowed_at_the_values_of_the_table_alone(family: str, key: str):
+    allowed = FAMILIES[family].only[key]
+    for value in allowed:
+        as_decoder_config(SIZES | {"model_type": family, key: value})
+    with pytest.raises(ValueError, match=f"has {key} = 12345; dpojax supports"):
+        as_decoder_config(SIZES | {"model_type": family, key: 12345})
 
 
 def test_a_window_is_of_the_layers_that_the_config_says():

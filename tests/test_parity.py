@@ -4,45 +4,29 @@ Tiny random models of torch on the CPU, float32. Sequences are longer than the s
 windows, numbers of heads are odd, and no mesh divides the vocabulary.
 """
 
-import re
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file
+from tiny_models import SIZES, Pair, make_pair
 
 from dpojax.batch import Batch
 from dpojax.data.packing import Example, as_batch
 from dpojax.generate import make_generate, pad_left
 from dpojax.log_probs import as_head, completion_log_probs, logits_of
-from dpojax.models.decoder import Model, make_model
-from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
-from dpojax.models.huggingface import read_params, read_settings, write_model
+from dpojax.models.huggingface import read_settings, write_model
 from dpojax.routing import load_balancing_loss, over_rows
 
 LENGTHS = [3, 14, 9, 1]
 NUM_NEW = 12
 WINDOW = 5
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 36,
-    "intermediate_size": 44,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {
     "rope_type": "yarn",
@@ -178,55 +162,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 WITH_EXPERTS = [case for case in CASES if case.startswith(("mixtral", "qwen3_moe"))]
 
 
-class Pair(NamedTuple):
-    """One model, theirs and ours, and the directory that both are read from."""
-
-    theirs: Any
-    directory: Path
-    model: Model
-    params: Params
-
-
 @pytest.fixture(scope="module")
 def get_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A function from a case to its models, each made once."""
 
     @cache
     def get(case: str) -> Pair:
-        theirs = make_theirs(case)
-        directory = tmp_path_factory.mktemp(case)
-        theirs.save_pretrained(directory)
-        model = make_model(as_decoder_config(read_settings(directory)), remat=False)
-        return Pair(theirs, directory, model, read(directory, model))
+        return make_pair(tmp_path_factory.mktemp(case), *CASES[case])
 
     return get
-
-
-def read(directory: Path, model: Model) -> Params:
-    whole = SingleDeviceSharding(jax.devices()[0])
-    return read_params(
-        directory, model.params, jax.tree.map(lambda _: whole, model.params)
-    )
-
-
-def make_theirs(case: str) -> Any:
-    """A random model of transformers; biases and norms are random too."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    family, changes = CASES[case]
-    config_class = getattr(transformers, changes.get("config", f"{family}Config"))
-    model_class = getattr(transformers, changes.get("model", f"{family}ForCausalLM"))
-    without = {"config", "model", "without", *changes.get("without", ())}
-    settings = {k: v for k, v in (SIZES | changes).items() if k not in without}
-    config = config_class(**settings)
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    theirs = model_class(config).eval()
-    for name, parameter in theirs.named_parameters():
-        if re.search("bias$|norm|ln_", name):
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return theirs
 
 
 def tokens_of_rows() -> np.ndarray:

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from dpojax.data.packing import Example
 from dpojax.loading import Loaded, as_reward_examples, load_model, load_reward_model
 from dpojax.models.decoder import make_model
-from dpojax.models.families import as_decoder_config, as_settings
+from dpojax.models.families import as_decoder_config, as_reward_settings, as_settings
+from dpojax.models.family_table import FAMILIES
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_settings, write_model
 from dpojax.scoring import make_score_step, score_examples
@@ -35,7 +36,9 @@ SIZES = {
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
 }
-VARIANTS = {
+# Name of a case: what transformers' classes begin with, and settings beside SIZES;
+# `without` are those of SIZES that the family does not have.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
@@ -46,6 +49,34 @@ VARIANTS = {
         {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
     ),
 }
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3": ("Phi3", {"bos_token_id": 1, "eos_token_id": 2}),
+    "olmo2": ("Olmo2", {"eos_token_id": 2}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 0.1},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 8,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "gpt2": (
+        "GPT2",
+        {
+            "without": ("num_key_value_heads", "intermediate_size"),
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoX",
+        {"without": ("num_key_value_heads",), "bos_token_id": 1, "eos_token_id": 2},
+    ),
+}
 
 
 def make_theirs(variant: str, ending: str, **changes: Any) -> Any:
@@ -53,12 +84,14 @@ def make_theirs(variant: str, ending: str, **changes: Any) -> Any:
     torch = pytest.importorskip("torch")
     import transformers
 
-    family, own = VARIANTS[variant]
-    config = getattr(transformers, f"{family}Config")(**SIZES | own | changes)
+    family, own = (VARIANTS | OTHERS)[variant]
+    without = {"without", *own.get("without", ())}
+    settings = {k: v for k, v in (SIZES | own | changes).items() if k not in without}
+    config = getattr(transformers, f"{family}Config")(**settings)
     torch.manual_seed(0)
     theirs = getattr(transformers, f"{family}{ending}")(config).eval()
     for name, parameter in theirs.named_parameters():
-        if re.search("bias$|norm", name):
+        if re.search("bias$|norm|ln_", name):
             parameter.data.add_(0.3 * torch.randn_like(parameter))
     return theirs
 
@@ -138,8 +171,10 @@ def assert_same_scores(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("padding", [0, 2], ids=["own-padding", "padded-with-eos"])
+@pytest.mark.parametrize(
+    ("variant", "padding"),
+    [(v, p) for v in VARIANTS for p in (0, 2)] + [(v, 0) for v in OTHERS],
+)
 def test_a_reward_model_of_transformers_gives_its_scores(
     variant: str, padding: int, tmp_path: Path
 ):
@@ -232,6 +267,31 @@ def test_a_causal_model_gives_no_reward_and_a_reward_model_no_tokens(
         load_rewards(causal)
     with pytest.raises(ValueError, match="is a reward model, which predicts no tokens"):
         load_model(str(reward), make_mesh(), compute_dtype=None)
+
+
+def test_the_classes_of_the_table_are_those_of_transformers():
+    pytest.importorskip("torch")
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    rewards = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    for family in FAMILIES:
+        known = {causal[family]: "vocabulary"}
+        if family in rewards:
+            known[rewards[family]] = "score"
+        for name, head in known.items():
+            settings = {"model_type": family, "architectures": [name], **SIZES}
+            config = as_decoder_config(settings | {"num_labels": 1})
+            assert config.head == head
+
+
+def test_a_family_without_reward_models_in_transformers_is_refused_by_name():
+    settings = {"model_type": "granite", **SIZES}
+    named = {"architectures": ["GraniteForSequenceClassification"]}
+    with pytest.raises(ValueError, match="GraniteForSequenceClassification.*reads one"):
+        as_decoder_config(settings | named)
+    with pytest.raises(ValueError, match="has no reward model of Granite"):
+        as_reward_settings(settings)
 
 
 @pytest.mark.parametrize(

@@ -167,8 +167,13 @@ class Decoder(nnx.Module):
             )
             return attended, cache
 
-        real = example > 0
-        hidden, _, routing = self._blocks(tokens, position, attend, None, real)
+        longest = None
+        if _depends_on_length(self.config):
+            num_examples = batch.completion_length.shape[1]
+            longest = _longest_sequence(example, position, num_examples)
+        hidden, _, routing = self._blocks(
+            tokens, position, attend, None, longest, example > 0
+        )
         return hidden, self._head(routing)
 
     def extend(
@@ -179,7 +184,16 @@ class Decoder(nnx.Module):
         cache: Cache,
         offset: int | Int[Array, ""],
     ) -> tuple[Hidden, Output, Cache]:
-        """Hidden states of new tokens, which enter the cache at `offset`."""
+        """Hidden states of new tokens, which enter the cache at `offset`.
+
+        Where rotary frequencies depend on a length, it is that of the whole row: the
+        prompt and all tokens that may follow, ``sum(example > 0)``. So queries agree
+        with the keys in the cache. In `transformers` cached keys keep the rotation of
+        the length at which they were made (Phi-3 alone computes them again when it
+        crosses its original length); there is no difference where prompt and result
+        are on one side of the original length, of longrope on either, of dynamic
+        scaling within it.
+        """
         prompt = jnp.zeros_like(example)  # one sequence a row, no branches
         key_position = jnp.cumsum(example > 0, axis=1) - 1
 
@@ -200,7 +214,11 @@ class Decoder(nnx.Module):
             )
             return attended, cache
 
-        hidden, cache, _ = self._blocks(tokens, position, attend, cache)
+        longest = None
+        if _depends_on_length(self.config):
+            total = jnp.sum(example > 0, axis=1, keepdims=True)
+            longest = jnp.broadcast_to(total, position.shape)
+        hidden, cache, _ = self._blocks(tokens, position, attend, cache, longest)
         return hidden, self._head(), cache
 
     def _attention(self, *args: Any, window: Window | None) -> Array:
@@ -234,13 +252,14 @@ class Decoder(nnx.Module):
         position: Array,
         attend: Callable,
         cache: Cache | None,
+        longest: Array | None,
         real: Array | None = None,
     ) -> tuple[Hidden, Any, Routing | None]:
         """All layers; where `real` is given, choices of experts are counted there."""
         config, dtype = self.config, self.options.compute_dtype
         constrain = self.options.constrain
         hidden = constrain(self._embed(tokens, position))
-        rotation = _make_rotations(config, position)
+        rotation = _make_rotations(config, position, longest)
 
         def body(carry: tuple, block_and_layer: tuple) -> tuple[tuple, Any]:
             (hidden, cache), (block, layer) = carry, block_and_layer
@@ -289,15 +308,41 @@ def _layers(config: DecoderConfig) -> _Layer:
     )
 
 
+def _depends_on_length(config: DecoderConfig) -> bool:
+    ropes = layer_ropes(config)
+    return any(rope is not None and rope.depends_on_length for rope in ropes)
+
+
+def _longest_sequence(
+    example: Int[Array, "rows length"],
+    position: Int[Array, "rows length"],
+    num_examples: int,
+) -> Int[Array, "rows length"]:
+    """Tokens of the longest sequence of each token's example, whatever its branch.
+
+    So the two completions of a prompt are read with one set of frequencies, and what
+    else a row or batch holds does not matter. A row does not hold the last token of a
+    sequence, which predicts nothing; it does not count.
+    """
+
+    def of_row(example: Array, position: Array) -> Array:
+        count = num_examples + 1  # and padding, whose number is 0
+        return jax.ops.segment_max(position + 1, example, num_segments=count)[example]
+
+    return jax.vmap(of_row)(example, position)
+
+
 def _make_rotations(
-    config: DecoderConfig, position: Int[Array, "rows length"]
+    config: DecoderConfig,
+    position: Int[Array, "rows length"],
+    longest: Int[Array, "rows length"] | None,
 ) -> Callable[[_Layer], Callable[[Array], Array]]:
     """The rotation of each layer; angles are computed once, outside of the scan."""
     kinds = list(dict.fromkeys(layer_ropes(config)))
     if kinds == [None]:
         return lambda layer: lambda heads: heads
     dimension = config.rotary_dimension or config.head_dimension
-    tables = [rotary_tables(rope, dimension, position) for rope in kinds]
+    tables = [rotary_tables(rope, dimension, position, longest) for rope in kinds]
     if len(kinds) == 1:
         rotate = make_rotation(*tables[0], config.rotary_pairs)
         return lambda layer: rotate

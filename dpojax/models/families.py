@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from dpojax.models.family_table import FAMILIES, Family
-from dpojax.models.rope_settings import KEYS, RopeSettings, read_rope
+from dpojax.models.rope_settings import (
+    KEYS,
+    RopeSettings,
+    check_factors,
+    read_rope,
+)
 from dpojax.models.setting_kinds import check_division, check_kinds
 from dpojax.models.shape import DecoderConfig
 
@@ -69,14 +74,17 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
     if missing:
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}.")
     check_division(known)
-    rope = read_rope(known, family.theta, family.window_theta)
+    rope = read_rope(known, family.theta, family.window_theta, family.rope_names)
     fields = _common_fields(known, rope) | family.fields(known, rope)
     if rope.share not in (None, 1.0) and "rotary_dimension" not in fields:
         raise ValueError(
             f"config.json has partial_rotary_factor = {rope.share!r}; "
             f"dpojax supports 1.0 for {family.name}."
         )
-    return DecoderConfig(**fields, head=head)
+    config = DecoderConfig(**fields, head=head)
+    for one in (rope.whole, rope.window):
+        check_factors(one, config.rotary_dimension or config.head_dimension)
+    return config
 
 
 def _common_fields(settings: Mapping[str, Any], rope: RopeSettings) -> dict[str, Any]:
@@ -137,13 +145,21 @@ def as_settings(config: DecoderConfig) -> dict[str, Any]:
 
 
 def as_reward_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a reward model whose decoder is that of a causal model."""
-    architecture = next(
-        name for name, head in _heads(family_of(settings)).items() if head == "score"
-    )
+    """The ``config.json`` of a reward model whose decoder is that of a causal model.
+
+    Raises:
+      ValueError: if transformers has no reward model of the family.
+    """
+    family = family_of(settings)
+    named = {head: name for name, head in _heads(family).items()}
+    if "score" not in named:
+        raise ValueError(
+            f"transformers has no reward model of {family.name}; make one of a causal "
+            "model of another family."
+        )
     kept = {key: value for key, value in settings.items() if key != "num_labels"}
     return kept | {
-        "architectures": [architecture],
+        "architectures": [named["score"]],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }
@@ -219,6 +235,7 @@ def _refuse_unsupported(settings: Mapping[str, Any], family: Family) -> None:
                 "will not ignore; remove it if it does not change the model."
             )
         if value is not None and value not in only[key]:
+            allowed = " or ".join(map(repr, only[key]))
             raise ValueError(
-                f"config.json has {key} = {value!r}; dpojax supports {only[key][0]!r}."
+                f"config.json has {key} = {value!r}; dpojax supports {allowed}."
             )

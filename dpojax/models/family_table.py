@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dpojax.models import weight_names
 from dpojax.models.rope_settings import RopeSettings
+from dpojax.models.rotary import LongRope
 from dpojax.models.shape import ExpertShape
 
 Settings = Mapping[str, Any]
@@ -31,6 +32,7 @@ class Family(NamedTuple):
     reward_name: str | None = ""  # of reward models; "": as `name`; None: has none
     transposed: bool = True  # kernels are stored [outputs, inputs]
     fused_by_head: bool = False  # in a fused tensor, each head's parts are together
+    rope_names: Mapping[str, str] = {}  # its names of rotary scalings to others' names
 
 
 _WINDOW = frozenset({"sliding_window", "layer_types"})
@@ -151,10 +153,10 @@ def _olmo3(settings: Settings, rope: RopeSettings) -> Fields:
 
 
 def _phi3(settings: Settings, rope: RopeSettings) -> Fields:
-    if rope.whole.scaling is not None:
+    if not isinstance(rope.whole.scaling, LongRope | None):
         raise ValueError(
-            "config.json scales rotary positions, which of Phi-3 is by 'longrope' "
-            "whatever it is called; supported: 'default'."
+            "config.json scales rotary positions of Phi-3 by another kind than "
+            "'default' and 'longrope' ('su' and 'yarn' are its older names)."
         )
     return _partial(settings, rope.share) | _windows(settings, lambda layer: True)
 
@@ -303,6 +305,10 @@ _GPT_ONLY = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
+    # transformers does not read them: GPT-J's base is always 10,000.
+    "rope_theta": (None,),
+    "rope_scaling": (None,),
+    "rope_parameters": (None,),
 }
 
 FAMILIES = {
@@ -415,12 +421,12 @@ FAMILIES = {
         _WINDOW,
         {"rms_norm_eps": 1e-5, "sliding_window": 4096},
         theta=500_000.0,
+        window_theta=500_000.0,  # unscaled, and whatever rope_theta says
     ),
     "phi3": Family(
         "Phi3",
         weight_names.PHI3,
         _phi3,
-        # The original length matters to longrope alone, which is refused.
         frozenset(
             {
                 "sliding_window",
@@ -428,13 +434,22 @@ FAMILIES = {
                 "resid_pdrop",
                 "embd_pdrop",
                 "original_max_position_embeddings",
+                "auto_map",  # code of the hub that transformers has had since
             }
         ),
         {
             "rms_norm_eps": 1e-5,
             "partial_rotary_factor": 1.0,
             "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
         },
+        # Of Phi-4-mini's own code.
+        only={
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+            "lm_head_bias": (False,),
+        },
+        rope_names={"su": "longrope", "yarn": "longrope"},
     ),
     "gemma": Family(
         "Gemma",

@@ -19,7 +19,7 @@ from dpojax.models.families import family_of, num_heads_of
 from dpojax.models.functional import Params
 from dpojax.models.read_weights import read_weights
 from dpojax.models.weight_files import find_tensors
-from dpojax.models.weight_places import as_places, is_place
+from dpojax.models.weight_places import as_named, as_places, is_place
 from dpojax.models.write_weights import MAX_SHARD_SIZE, as_tensors, write_weights
 from dpojax.whole_files import whole_directory
 
@@ -95,8 +95,9 @@ def read_params(
         another shape, not of floating point numbers or not finite.
     """
     settings = read_settings(directory)
-    places = as_places(abstract, family_of(settings), num_heads_of(settings))
     tensors = find_tensors(directory)
+    family = as_named(family_of(settings), tensors.keys())
+    places = as_places(abstract, family, num_heads_of(settings))
     leaves = jax.tree.leaves(places, is_leaf=is_place)
     expected = {name for place in leaves for name in place.names.flat}
     missing = sorted(expected - tensors.keys())

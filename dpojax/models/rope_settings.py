@@ -6,9 +6,18 @@ before, there were ``rope_theta`` and ``rope_scaling``. No key is silently ignor
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
-from dpojax.models.rotary import LinearRope, Llama3Rope, Rope, Scaling, YarnRope
+from dpojax.models.rotary import (
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    LongRope,
+    Rope,
+    Scaling,
+    YarnRope,
+)
 
 KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 
@@ -21,8 +30,18 @@ class RopeSettings(NamedTuple):
     share: float | None  # of a head's dimensions, how many turn; None: not said
 
 
+class _Lengths(NamedTuple):
+    """Positions that a config states beside its rotary settings."""
+
+    longest: int  # that the model is meant for
+    original: int | None  # that it was pre-trained on, where the family states it here
+
+
 def read_rope(
-    settings: Mapping[str, Any], theta: float, window_theta: float | None = None
+    settings: Mapping[str, Any],
+    theta: float,
+    window_theta: float | None = None,
+    other_names: Mapping[str, str] | None = None,
 ) -> RopeSettings:
     """Reads the rotary settings of a config.
 
@@ -31,14 +50,16 @@ def read_rope(
       theta: the base where none is given.
       window_theta: the same for layers with a window; they are unscaled then. None:
         they have the embedding of the others.
+      other_names: what a family calls kinds of scaling, and their names elsewhere.
 
     Raises:
       ValueError: for a kind of scaling, or a key of one, that is not known.
     """
-    theta = settings.get("rope_theta") or theta
+    read = partial(_read_one, lengths=_read_lengths(settings), names=other_names or {})
+    theta = float(settings.get("rope_theta") or theta)
     if window_theta is not None:
-        window_theta = settings.get("rope_local_base_freq") or window_theta
-    given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+        window_theta = float(settings.get("rope_local_base_freq") or window_theta)
+    given = _one_of(settings, "rope_parameters", "rope_scaling")
     by_kind = any(isinstance(value, Mapping) for value in given.values())
     if by_kind:
         unknown = given.keys() - {"full_attention", "sliding_attention"}
@@ -46,22 +67,56 @@ def read_rope(
             raise ValueError(
                 f"config.json has rotary settings of the layer types {sorted(unknown)}."
             )
-        whole, share = _read_one(given.get("full_attention") or {}, theta)
-        window, _ = _read_one(
-            given.get("sliding_attention") or {}, window_theta or theta
-        )
+        whole, share = read(given.get("full_attention") or {}, theta)
+        window, _ = read(given.get("sliding_attention") or {}, window_theta or theta)
         return RopeSettings(whole, window, share)
-    whole, share = _read_one(given, theta)
+    whole, share = read(given, theta)
     if window_theta is None:
         return RopeSettings(whole, whole, share)
-    return RopeSettings(whole, Rope(theta=float(window_theta)), share)
+    return RopeSettings(whole, Rope(theta=window_theta), share)
 
 
-def _read_one(given: Mapping[str, Any], theta: float) -> tuple[Rope, float | None]:
+def check_factors(rope: Rope, dimension: int) -> None:
+    """Sees that longrope has a factor for each pair of dimensions that turns.
+
+    Raises:
+      ValueError: if it has not.
+    """
+    if not isinstance(rope.scaling, LongRope):
+        return
+    counts = len(rope.scaling.short_factors), len(rope.scaling.long_factors)
+    if counts != (dimension // 2,) * 2:
+        raise ValueError(
+            f"config.json has {counts[0]} numbers as short_factor and {counts[1]} as "
+            f"long_factor; {dimension} dimensions turn, which takes {dimension // 2}."
+        )
+
+
+def _one_of(settings: Mapping[str, Any], new: str, old: str) -> Mapping[str, Any]:
+    """What either of two keys holds."""
+    one, other = settings.get(new), settings.get(old)
+    if one and other and one != other:
+        raise ValueError(
+            f"config.json has both {new} and {old}, which differ; keep one of them."
+        )
+    return one or other or {}
+
+
+def _read_lengths(settings: Mapping[str, Any]) -> _Lengths:
+    return _Lengths(
+        settings.get("max_position_embeddings", 2048),
+        settings.get("original_max_position_embeddings"),
+    )
+
+
+def _read_one(
+    given: Mapping[str, Any], theta: float, lengths: _Lengths, names: Mapping[str, str]
+) -> tuple[Rope, float | None]:
     rope = dict(given)
     theta = rope.pop("rope_theta", None) or theta
     share = rope.pop("partial_rotary_factor", None)
     kind = rope.pop("rope_type", None) or rope.pop("type", "default")
+    kind = names.get(kind, kind)
     rope.pop("type", None)
     if kind == "default":
         # Written by transformers where the context was never extended.
@@ -69,7 +124,7 @@ def _read_one(given: Mapping[str, Any], theta: float) -> tuple[Rope, float | Non
             rope.pop("original_max_position_embeddings", None)
         scaling = None
     elif kind in _KINDS:
-        scaling = _KINDS[kind](rope)
+        scaling = _KINDS[kind](rope, lengths)
     else:
         raise ValueError(
             f"config.json scales rotary positions by {kind!r}; "
@@ -80,21 +135,26 @@ def _read_one(given: Mapping[str, Any], theta: float) -> tuple[Rope, float | Non
     return Rope(theta=float(theta), scaling=scaling), share
 
 
-def _linear(rope: dict[str, Any]) -> LinearRope:
+def _linear(rope: dict[str, Any], lengths: _Lengths) -> LinearRope:
     return LinearRope(factor=_number(rope, "factor"))
 
 
-def _llama3(rope: dict[str, Any]) -> Llama3Rope:
+def _dynamic(rope: dict[str, Any], lengths: _Lengths) -> DynamicRope:
+    # Of this kind transformers takes the config's own length as the original one.
+    return DynamicRope(factor=_number(rope, "factor"), original_length=lengths.longest)
+
+
+def _llama3(rope: dict[str, Any], lengths: _Lengths) -> Llama3Rope:
     return Llama3Rope(
         factor=_number(rope, "factor"),
         low_frequency_factor=_number(rope, "low_freq_factor"),
         high_frequency_factor=_number(rope, "high_freq_factor"),
-        original_length=_take(rope, "original_max_position_embeddings"),
+        original_length=_original_length(rope, lengths),
     )
 
 
-def _yarn(rope: dict[str, Any]) -> YarnRope:
-    factor = _number(rope, "factor")
+def _yarn(rope: dict[str, Any], lengths: _Lengths) -> YarnRope:
+    factor, original_length = _extension(rope, lengths)
     scale, scale_all = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
     attention_factor = rope.pop("attention_factor", None)
     if attention_factor is None:
@@ -105,7 +165,7 @@ def _yarn(rope: dict[str, Any]) -> YarnRope:
             )
     return YarnRope(
         factor=factor,
-        original_length=_take(rope, "original_max_position_embeddings"),
+        original_length=original_length,
         attention_factor=float(attention_factor),
         fast_turns=float(rope.pop("beta_fast", None) or 32),
         slow_turns=float(rope.pop("beta_slow", None) or 1),
@@ -113,15 +173,53 @@ def _yarn(rope: dict[str, Any]) -> YarnRope:
     )
 
 
+def _longrope(rope: dict[str, Any], lengths: _Lengths) -> LongRope:
+    factor, original_length = _extension(rope, lengths)
+    attention_factor = rope.pop("attention_factor", None)
+    if attention_factor is None:
+        added = math.log(max(factor, 1.0)) / math.log(original_length)
+        attention_factor = math.sqrt(1 + added)
+    return LongRope(
+        short_factors=tuple(map(float, _take(rope, "short_factor"))),
+        long_factors=tuple(map(float, _take(rope, "long_factor"))),
+        original_length=original_length,
+        attention_factor=float(attention_factor),
+    )
+
+
 def _mscale(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-_KINDS: dict[str, Callable[[dict[str, Any]], Scaling]] = {
+_KINDS: dict[str, Callable[[dict[str, Any], _Lengths], Scaling]] = {
     "linear": _linear,
+    "dynamic": _dynamic,
     "llama3": _llama3,
+    "longrope": _longrope,
     "yarn": _yarn,
 }
+
+
+def _extension(rope: dict[str, Any], lengths: _Lengths) -> tuple[float, int]:
+    """By how much a context was extended, and from what."""
+    original_length = _original_length(rope, lengths)
+    factor = rope.pop("factor", None)
+    if factor is None:
+        factor = lengths.longest / original_length
+    return float(factor), original_length
+
+
+def _original_length(rope: dict[str, Any], lengths: _Lengths) -> int:
+    given = rope.pop("original_max_position_embeddings", None)
+    if lengths.original is None:
+        return given or lengths.longest
+    if given not in (None, lengths.original):
+        raise ValueError(
+            f"config.json has original_max_position_embeddings = {given} in its rotary "
+            f"settings and {lengths.original} beside them, by default or as given, "
+            "which is what transformers reads; give one number in both places."
+        )
+    return lengths.original
 
 
 def _number(rope: dict[str, Any], key: str) -> float:

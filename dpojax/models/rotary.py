@@ -1,8 +1,10 @@
 """Rotary position embedding: frequencies, their scaling kinds, and the rotation.
 
-Every kind here is a function of the config alone. Kinds whose frequencies depend on the
-length of a batch are refused where configs are read: the numbers of a sequence would
-depend on what else its batch holds. This file knows no layers and no files.
+The frequencies of most kinds are a function of the config alone. Those of two, dynamic
+and longrope, depend on a length too. `transformers` takes the longest sequence of a
+batch, so that a sequence's numbers depend on what else its batch holds. Here it is
+given token by token: that of the token's own example. This file knows no layers and no
+files.
 """
 
 import math
@@ -48,7 +50,33 @@ class YarnRope:
     truncate: bool = True  # the ramp begins and ends at whole dimensions
 
 
-Scaling = LinearRope | Llama3Rope | YarnRope
+@dataclass(frozen=True, kw_only=True)
+class DynamicRope:
+    """A base that grows with a sequence's length, once that exceeds the original one.
+
+    References:
+      `transformers`, type "dynamic": NTK-aware scaling.
+    """
+
+    factor: float
+    original_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """Each frequency divided by a factor of its own, long sequences by another.
+
+    References:
+      Ding et al., 2024, arXiv:2402.13753; `transformers`, type "longrope".
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]  # of sequences that exceed the original length
+    original_length: int
+    attention_factor: float  # multiplies queries and keys, whatever the length
+
+
+Scaling = LinearRope | Llama3Rope | YarnRope | DynamicRope | LongRope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +86,16 @@ class Rope:
     theta: float = 10_000.0
     scaling: Scaling | None = None
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies are known only with the length of a sequence."""
+        return isinstance(self.scaling, DynamicRope | LongRope)
+
 
 def rotary_frequencies(rope: Rope, dimension: int) -> Float[np.ndarray, " half"]:
     """Angle per position of each pair of dimensions, in radians.
+
+    Where it depends on a sequence's length too, this is the unscaled one.
 
     References:
       Su et al., RoFormer, 2021, arXiv:2104.09864, section 3.2.2; for the scaling,
@@ -71,7 +106,7 @@ def rotary_frequencies(rope: Rope, dimension: int) -> Float[np.ndarray, " half"]
     scaling = rope.scaling
     if isinstance(scaling, LinearRope):
         frequencies = frequencies / scaling.factor
-    elif scaling is not None:
+    elif isinstance(scaling, Llama3Rope | YarnRope):
         if isinstance(scaling, Llama3Rope):
             kept = _kept_by_turns(scaling, frequencies)
         else:
@@ -102,16 +137,48 @@ def _kept_by_dimension(scaling: YarnRope, theta: float, dimension: int) -> np.nd
     return 1 - np.clip((np.arange(dimension // 2) - low) / width, 0.0, 1.0)
 
 
+def _stretch(
+    scaling: DynamicRope | LongRope,
+    dimension: int,
+    sequence_length: Int[Array, "rows length"],
+) -> Float[Array, "rows length half"]:
+    """What a token's frequencies are divided by, from the length of its sequence."""
+    original = scaling.original_length
+    if isinstance(scaling, LongRope):
+        factors = (scaling.long_factors, scaling.short_factors)
+        long, short = (np.array(numbers, np.float32) for numbers in factors)
+        return jnp.where(sequence_length[..., None] > original, long, short)
+    excess = jnp.maximum(sequence_length - original, 0).astype(jnp.float32)
+    growth = 1 + scaling.factor * excess / original  # of the base, but for the power
+    powers = np.arange(0, dimension, 2) / (dimension - 2)
+    return growth[..., None] ** powers.astype(np.float32)
+
+
 def rotary_tables(
-    rope: Rope | None, dimension: int, position: Int[Array, "rows length"]
+    rope: Rope | None,
+    dimension: int,
+    position: Int[Array, "rows length"],
+    sequence_length: Int[Array, "rows length"] | None = None,
 ) -> tuple[Float[Array, "rows length half"], Float[Array, "rows length half"]]:
-    """Cosines and sines of every position; without an embedding, those of no angle."""
+    """Cosines and sines of every position; without an embedding, those of no angle.
+
+    Args:
+      rope: the embedding; None: there is none.
+      dimension: how many of a head's dimensions turn.
+      position: of each token in its own sequence.
+      sequence_length: tokens of the longest sequence of each token's example. Read
+        only where the embedding depends on it.
+    """
     frequencies = np.zeros(dimension // 2, np.float32)
     if rope is not None:
         frequencies = rotary_frequencies(rope, dimension)
+        if isinstance(rope.scaling, DynamicRope | LongRope):
+            assert sequence_length is not None
+            stretch = _stretch(rope.scaling, dimension, sequence_length)
+            frequencies = frequencies / stretch
     angle = position[..., None].astype(jnp.float32) * frequencies
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    if rope is not None and isinstance(rope.scaling, YarnRope):
+    if rope is not None and isinstance(rope.scaling, YarnRope | LongRope):
         factor = rope.scaling.attention_factor
         cosine, sine = cosine * factor, sine * factor
     return cosine, sine

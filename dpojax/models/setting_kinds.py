@@ -33,7 +33,8 @@ _KINDS = (
          "num_key_value_heads", "head_dim", "intermediate_size",
          "max_position_embeddings", "sliding_window", "sliding_window_pattern",
          "rotary_dim", "no_rope_layer_interval", "num_labels",
-         "original_max_position_embeddings"),
+         "original_max_position_embeddings", "num_local_experts", "num_experts",
+         "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
         _SIZE,
     )
     | dict.fromkeys(
@@ -42,11 +43,13 @@ _KINDS = (
          "embedding_multiplier", "residual_multiplier", "attention_multiplier",
          "logits_scaling", "partial_rotary_factor", "rotary_pct", "factor",
          "low_freq_factor", "high_freq_factor", "attention_factor", "mscale",
-         "mscale_all_dim", "beta_fast", "beta_slow"),
+         "mscale_all_dim", "beta_fast", "beta_slow", "router_aux_loss_coef"),
         _NUMBER,
     )
     | dict.fromkeys(
-        ("tie_word_embeddings", "use_parallel_residual", "use_sliding_window"), _SWITCH
+        ("tie_word_embeddings", "use_parallel_residual", "use_sliding_window",
+         "norm_topk_prob", "output_router_logits"),
+        _SWITCH,
     )
     | dict.fromkeys(("architectures", "layer_types", "no_rope_layers"), _LIST)
     | dict.fromkeys(("rope_scaling", "rope_parameters", "id2label"), _OBJECT)

@@ -4,6 +4,7 @@ Names, transposition, and fusion: several of our arrays may be parts of one tens
 by side along its outputs. This file opens no file.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,24 @@ class Place(NamedTuple):
 def is_place(leaf: Any) -> bool:
     """Where a tree of places ends: a `Place` is a tuple, which JAX would enter."""
     return isinstance(leaf, Place)
+
+
+def as_named(family: Family, tensors: Collection[str]) -> Family:
+    """The family, with the names that a file has which was saved from its base model.
+
+    Other classes of transformers hold the base model under a prefix, ``model.`` say;
+    saved by itself it has none. GPT-2's own file on the hub is of that kind.
+
+    Args:
+      family: with names of models that have a head.
+      tensors: names in the file.
+    """
+    whole = family.names["embedding/embedding"]
+    prefix = whole.partition(".")[0] + "."
+    if whole in tensors or whole.removeprefix(prefix) not in tensors:
+        return family
+    names = {ours: name.removeprefix(prefix) for ours, name in family.names.items()}
+    return family._replace(names=names)
 
 
 def as_places(params: Params, family: Family, num_heads: int = 1) -> Params:

@@ -1,0 +1,102 @@
+"""Tiny random models of transformers, and the same read here, for parity tests."""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from dpojax.models.decoder import Model, make_model
+from dpojax.models.families import as_decoder_config
+from dpojax.models.functional import Params
+from dpojax.models.huggingface import read_params, read_settings
+
+# No mesh divides the vocabulary, and numbers of heads are odd.
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+class Pair(NamedTuple):
+    """One model, theirs and ours, and the directory that both are read from."""
+
+    theirs: Any
+    directory: Path
+    model: Model
+    params: Params
+
+
+def make_pair(
+    directory: Path, family: str, changes: dict[str, Any], seed: int = 0
+) -> Pair:
+    """A model of transformers, saved and read."""
+    theirs = make_theirs(family, changes, seed=seed)
+    theirs.save_pretrained(directory)
+    model = make_model(as_decoder_config(read_settings(directory)), remat=False)
+    return Pair(theirs, directory, model, read(directory, model))
+
+
+def read(directory: Path, model: Model) -> Params:
+    """A model's parameters on one device."""
+    whole = SingleDeviceSharding(jax.devices()[0])
+    return read_params(
+        directory, model.params, jax.tree.map(lambda _: whole, model.params)
+    )
+
+
+def keep_gradient() -> optax.GradientTransformation:
+    """An optimiser that changes nothing; its state after a step is the gradient."""
+
+    def init(params: Params) -> Params:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates: Params, state: Params, params: Params | None = None) -> tuple:
+        return init(updates), updates
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_theirs(
+    family: str,
+    changes: dict[str, Any],
+    ending: str = "ForCausalLM",
+    seed: int = 0,
+) -> Any:
+    """A random model of transformers; biases and norms are random too.
+
+    Args:
+      family: what transformers' classes begin with.
+      changes: settings beside SIZES; `config` and `model` are classes of other names,
+        `without` are SIZES that the family calls otherwise.
+      ending: what the model's class ends with.
+      seed: of the numbers.
+    """
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    config_class = getattr(transformers, changes.get("config", f"{family}Config"))
+    model_class = getattr(transformers, changes.get("model", f"{family}{ending}"))
+    without = {"config", "model", "without", *changes.get("without", ())}
+    settings = {k: v for k, v in (SIZES | changes).items() if k not in without}
+    config = config_class(**settings)
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    theirs = model_class(config).eval()
+    for name, parameter in theirs.named_parameters():
+        if re.search("bias$|norm|ln_", name):
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return theirs
