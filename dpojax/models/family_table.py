@@ -7,13 +7,10 @@ transformers takes where a key is absent. How rows are used is `families.py`'s c
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from dpojax.models import family_fields as fields
 from dpojax.models import weight_names
+from dpojax.models.family_fields import Fields, Settings
 from dpojax.models.rope_settings import RopeSettings
-from dpojax.models.rotary import LongRope
-from dpojax.models.shape import ExpertShape
-
-Settings = Mapping[str, Any]
-Fields = dict[str, Any]  # of `DecoderConfig`
 
 
 class Family(NamedTuple):
@@ -36,213 +33,6 @@ class Family(NamedTuple):
 
 
 _WINDOW = frozenset({"sliding_window", "layer_types"})
-
-
-def _windows(settings: Settings, rule: Callable[[int], bool]) -> Fields:
-    """Window and which layers have it: as listed or, where nothing is, by a rule."""
-    num_layers = settings["num_hidden_layers"]
-    types = settings.get("layer_types")
-    if types is None:
-        windowed = tuple(rule(layer) for layer in range(num_layers))
-    else:
-        unknown = set(types) - {"full_attention", "sliding_attention"}
-        if unknown or len(types) != num_layers:
-            raise ValueError(
-                f"config.json has layer_types {types}; dpojax reads one for each of "
-                f"{num_layers} layers, 'full_attention' or 'sliding_attention'."
-            )
-        windowed = tuple(kind == "sliding_attention" for kind in types)
-    switched_on = settings.get("use_sliding_window", True)
-    window = settings.get("sliding_window") if switched_on else None
-    if window is None and types is not None and any(windowed):
-        raise ValueError(
-            "config.json has layers with sliding attention but no window; set "
-            "sliding_window, and use_sliding_window where the family has it."
-        )
-    if window is None or not any(windowed):
-        return {}
-    return {"window": window, "window_layers": None if all(windowed) else windowed}
-
-
-def _llama(settings: Settings, rope: RopeSettings) -> Fields:
-    return {}
-
-
-def _qwen(settings: Settings, rope: RopeSettings) -> Fields:
-    first = settings["max_window_layers"]
-    return _windows(settings, lambda layer: layer >= first)
-
-
-def _qwen2(settings: Settings, rope: RopeSettings) -> Fields:
-    return {"qkv_bias": True} | _qwen(settings, rope)
-
-
-def _qwen3(settings: Settings, rope: RopeSettings) -> Fields:
-    return {"query_key_norm": "head"} | _qwen(settings, rope)
-
-
-def _mistral(settings: Settings, rope: RopeSettings) -> Fields:
-    return _windows(settings, lambda layer: True)
-
-
-def _mixtral(settings: Settings, rope: RopeSettings) -> Fields:
-    experts = _experts(settings, settings["intermediate_size"], renormalised=True)
-    return {"experts": experts} | _mistral(settings, rope)
-
-
-def _qwen3_moe(settings: Settings, rope: RopeSettings) -> Fields:
-    step, dense = settings["decoder_sparse_step"], settings["mlp_only_layers"] or ()
-    if step != 1 or any(layer < settings["num_hidden_layers"] for layer in dense):
-        raise ValueError(
-            f"config.json has decoder_sparse_step = {step} and mlp_only_layers = "
-            f"{list(dense)}; dpojax supports experts in every layer: 1 and []."
-        )
-    experts = _experts(
-        settings,
-        settings["moe_intermediate_size"],
-        renormalised=settings["norm_topk_prob"],
-    )
-    windows = _windows(settings, lambda layer: True)
-    return {"query_key_norm": "head", "experts": experts} | windows
-
-
-def _experts(settings: Settings, width: int, *, renormalised: bool) -> ExpertShape:
-    number, per_token = settings["num_experts"], settings["num_experts_per_tok"]
-    if not 1 <= per_token <= number:
-        raise ValueError(
-            f"config.json sends each token to {per_token} of {number} experts "
-            "(num_experts_per_tok); the number must be between 1 and all of them."
-        )
-    return ExpertShape(
-        number=number, per_token=per_token, width=width, renormalised=renormalised
-    )
-
-
-def _smollm3(settings: Settings, rope: RopeSettings) -> Fields:
-    num_layers = settings["num_hidden_layers"]
-    turns = settings.get("no_rope_layers")  # 1 where there is one, in spite of the name
-    if turns is None:
-        interval = settings["no_rope_layer_interval"]
-        turns = [(layer + 1) % interval != 0 for layer in range(num_layers)]
-    if len(turns) < num_layers:
-        raise ValueError(
-            f"config.json has no_rope_layers for {len(turns)} of {num_layers} layers; "
-            "give one number for each."
-        )
-    rotary_layers = tuple(bool(turn) for turn in turns[:num_layers])
-    windows = _windows(settings, lambda layer: not rotary_layers[layer])
-    return {"rotary_layers": rotary_layers} | windows
-
-
-def _granite(settings: Settings, rope: RopeSettings) -> Fields:
-    return {
-        "embedding_scale": float(settings["embedding_multiplier"]),
-        "residual_scale": float(settings["residual_multiplier"]),
-        "attention_scale": float(settings["attention_multiplier"]),
-        "logit_scale": 1 / float(settings["logits_scaling"]),
-    }
-
-
-def _olmo2(settings: Settings, rope: RopeSettings) -> Fields:
-    return {"arrangement": "post", "query_key_norm": "projection"}
-
-
-def _olmo3(settings: Settings, rope: RopeSettings) -> Fields:
-    windows = _windows(settings, lambda layer: (layer + 1) % 4 != 0)
-    return _olmo2(settings, rope) | windows | {"window_rope": rope.window}
-
-
-def _phi3(settings: Settings, rope: RopeSettings) -> Fields:
-    if not isinstance(rope.whole.scaling, LongRope | None):
-        raise ValueError(
-            "config.json scales rotary positions of Phi-3 by another kind than "
-            "'default' and 'longrope' ('su' and 'yarn' are its older names)."
-        )
-    return _partial(settings, rope.share) | _windows(settings, lambda layer: True)
-
-
-def _partial(settings: Settings, share: float | None) -> Fields:
-    """How many dimensions of a head turn, from a share."""
-    if share is None:
-        share = settings["partial_rotary_factor"]
-    width, num_heads = settings["hidden_size"], settings["num_attention_heads"]
-    return {"rotary_dimension": int(width // num_heads * share)}
-
-
-def _gemma(settings: Settings, rope: RopeSettings) -> Fields:
-    return {
-        "norm": "rms_from_one",
-        "activation": "gelu_tanh",
-        "embedding_scale": settings["hidden_size"] ** 0.5,
-    }
-
-
-def _gemma2(settings: Settings, rope: RopeSettings) -> Fields:
-    added = {
-        "arrangement": "both",
-        "attention_scale": settings["query_pre_attn_scalar"] ** -0.5,
-        "attention_cap": settings.get("attn_logit_softcapping"),
-        "logit_cap": settings.get("final_logit_softcapping"),
-    }
-    windows = _windows(settings, lambda layer: layer % 2 == 0)
-    return _gemma(settings, rope) | added | windows
-
-
-def _gemma3(settings: Settings, rope: RopeSettings) -> Fields:
-    pattern = settings["sliding_window_pattern"]
-    windows = _windows(settings, lambda layer: (layer + 1) % pattern != 0)
-    added = {"query_key_norm": "head", "window_rope": rope.window}
-    return (
-        _gemma2(settings, rope)
-        | {"window": None, "window_layers": None}
-        | added
-        | windows
-    )
-
-
-_GPT_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-}
-
-
-def _gpt(settings: Settings) -> Fields:
-    """What the families of GPT share."""
-    return {
-        "mlp_width": settings.get("intermediate_size") or 4 * settings["hidden_size"],
-        "norm": "layer",
-        "mlp": "plain",
-        "activation": _GPT_ACTIVATIONS[settings["hidden_act"]],
-        "mlp_bias": True,
-    }
-
-
-def _gpt2(settings: Settings, rope: RopeSettings) -> Fields:
-    biases = {"qkv_bias": True, "output_bias": True}
-    return _gpt(settings) | biases | {"positions": "learned"}
-
-
-def _gpt_neox(settings: Settings, rope: RopeSettings) -> Fields:
-    arrangement = "parallel" if settings["use_parallel_residual"] else "pre"
-    share = settings["rotary_pct"] if rope.share is None else rope.share
-    return (
-        _gpt(settings)
-        | _partial(settings, share)
-        | {"qkv_bias": True, "output_bias": True, "arrangement": arrangement}
-    )
-
-
-def _gptj(settings: Settings, rope: RopeSettings) -> Fields:
-    return _gpt(settings) | {
-        "arrangement": "parallel_one_norm",
-        "rotary_dimension": settings["rotary_dim"],
-        "rotary_pairs": "neighbours",
-        "head_bias": True,
-    }
-
-
 _ROUTER_KEYS = frozenset({
     "num_experts", "num_experts_per_tok", "output_router_logits",
     "router_aux_loss_coef",
@@ -301,7 +91,7 @@ _GPT_INERT = frozenset({
     "gradient_checkpointing",
 })  # fmt: skip
 _GPT_ONLY = {
-    "activation_function": tuple(_GPT_ACTIVATIONS),
+    "activation_function": tuple(fields.GPT_ACTIVATIONS),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
@@ -312,19 +102,21 @@ _GPT_ONLY = {
 }
 
 FAMILIES = {
-    "llama": Family("Llama", weight_names.LLAMA, _llama),
-    "qwen2": Family("Qwen2", weight_names.LLAMA, _qwen2, _QWEN_KEYS, _QWEN_DEFAULTS),
+    "llama": Family("Llama", weight_names.LLAMA, fields.llama),
+    "qwen2": Family(
+        "Qwen2", weight_names.LLAMA, fields.qwen2, _QWEN_KEYS, _QWEN_DEFAULTS
+    ),
     "qwen3": Family(
         "Qwen3",
         weight_names.LLAMA,
-        _qwen3,
+        fields.qwen3,
         _QWEN_KEYS,
         _QWEN_DEFAULTS | {"head_dim": 128},
     ),
     "mistral": Family(
         "Mistral",
         weight_names.LLAMA,
-        _mistral,
+        fields.mistral,
         _WINDOW,
         {
             "num_key_value_heads": 8,
@@ -335,7 +127,7 @@ FAMILIES = {
     "mixtral": Family(
         "Mixtral",
         weight_names.MIXTRAL,
-        _mixtral,
+        fields.mixtral,
         _ROUTER_KEYS | {"sliding_window"},
         _ROUTER_DEFAULTS
         | {
@@ -352,7 +144,7 @@ FAMILIES = {
     "qwen3_moe": Family(
         "Qwen3Moe",
         weight_names.QWEN3_MOE,
-        _qwen3_moe,
+        fields.qwen3_moe,
         _ROUTER_KEYS
         | {
             "sliding_window",
@@ -380,7 +172,7 @@ FAMILIES = {
     "smollm3": Family(
         "SmolLM3",
         weight_names.LLAMA,
-        _smollm3,
+        fields.smollm3,
         _WINDOW | {"use_sliding_window", "no_rope_layers", "no_rope_layer_interval"},
         {
             "num_key_value_heads": 4,
@@ -394,7 +186,7 @@ FAMILIES = {
     "granite": Family(
         "Granite",
         weight_names.LLAMA,
-        _granite,
+        fields.granite,
         frozenset(
             {
                 "embedding_multiplier",
@@ -412,12 +204,15 @@ FAMILIES = {
         reward_name=None,
     ),
     "olmo2": Family(
-        "Olmo2", weight_names.OLMO2, _olmo2, defaults={"rms_norm_eps": 1e-5}
+        "Olmo2",
+        weight_names.OLMO2,
+        fields.olmo2,
+        defaults={"rms_norm_eps": 1e-5},
     ),
     "olmo3": Family(
         "Olmo3",
         weight_names.OLMO2,
-        _olmo3,
+        fields.olmo3,
         _WINDOW,
         {"rms_norm_eps": 1e-5, "sliding_window": 4096},
         theta=500_000.0,
@@ -426,7 +221,7 @@ FAMILIES = {
     "phi3": Family(
         "Phi3",
         weight_names.PHI3,
-        _phi3,
+        fields.phi3,
         frozenset(
             {
                 "sliding_window",
@@ -454,14 +249,14 @@ FAMILIES = {
     "gemma": Family(
         "Gemma",
         weight_names.LLAMA,
-        _gemma,
+        fields.gemma,
         defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 16},
         only=_GEMMA_ONLY,
     ),
     "gemma2": Family(
         "Gemma2",
         weight_names.GEMMA2,
-        _gemma2,
+        fields.gemma2,
         _GEMMA2_KEYS,
         _GEMMA2_DEFAULTS
         | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -470,7 +265,7 @@ FAMILIES = {
     "gemma3_text": Family(
         "Gemma3",
         weight_names.GEMMA2,
-        _gemma3,
+        fields.gemma3,
         (_GEMMA2_KEYS - {"attn_logit_softcapping"})
         | {
             "sliding_window_pattern",
@@ -488,7 +283,7 @@ FAMILIES = {
     "gpt2": Family(
         "GPT2",
         weight_names.GPT2,
-        _gpt2,
+        fields.gpt2,
         _GPT_INERT,
         _GPT_DEFAULTS | {"tie_word_embeddings": True, "max_position_embeddings": 1024},
         only=_GPT_ONLY,
@@ -499,7 +294,7 @@ FAMILIES = {
     "gpt_neox": Family(
         "GPTNeoX",
         weight_names.GPT_NEOX,
-        _gpt_neox,
+        fields.gpt_neox,
         frozenset(
             {
                 "use_parallel_residual",
@@ -515,14 +310,17 @@ FAMILIES = {
             "use_parallel_residual": True,
             "rotary_pct": 0.25,
         },
-        only={"hidden_act": tuple(_GPT_ACTIVATIONS), "attention_bias": (True,)},
+        only={
+            "hidden_act": tuple(fields.GPT_ACTIVATIONS),
+            "attention_bias": (True,),
+        },
         renamed={"layer_norm_eps": "rms_norm_eps", "rotary_emb_base": "rope_theta"},
         fused_by_head=True,
     ),
     "gptj": Family(
         "GPTJ",
         weight_names.GPTJ,
-        _gptj,
+        fields.gptj,
         _GPT_INERT | {"rotary_dim", "rotary"},
         _GPT_DEFAULTS | {"rotary_dim": 64},
         only=_GPT_ONLY,
