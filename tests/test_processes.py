@@ -96,6 +96,6 @@ def test_two_processes_read_a_half_each_and_write_the_whole(tmp_path: Path):
         figures = re.search(r"^read (\S+) (\d+)$", text, re.MULTILINE)
         assert process.returncode == 0 and figures is not None, text
         assert 0.5 <= float(figures[1]) < 0.51  # norms are on every device
-        assert int(figures[1]) == len(files)  # seen by both after writing
+        assert int(figures[2]) == len(files)  # seen by both after writing
     again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert again == files
