@@ -44,12 +44,14 @@ def params(model: Model) -> Params:
     return jax.jit(model.init)(jax.random.key(0))
 
 
-def make(model: Model, eos_token: int, temperature: float = 0.0) -> Generate:
+def make(
+    model: Model, eos_token: int, temperature: float = 0.0, num_new: int = NUM_NEW
+) -> Generate:
     return make_generate(
         model.extend,
         model.empty_cache,
         eos_token=eos_token,
-        num_new=NUM_NEW,
+        num_new=num_new,
         temperature=temperature,
     )
 
@@ -140,6 +142,49 @@ def test_eos_ends_a_row_and_fills_the_rest(
         assert row == kept + [eos] * (NUM_NEW - len(kept))
         assert trim(row, eos) == kept
     assert len(trim(found[1], eos)) <= 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_row_that_is_watched_draws_the_same_tokens_until_it_is_done(
+    model: Model, params: Params, temperature: float
+):
+    """Rows are done after 8, 16 and no tokens; one that is done is filled with EOS."""
+    generate = make(model, NEVER, temperature, num_new=20)
+    prompts = pad_left(PROMPTS, 6, 3)
+    whole = np.asarray(generate(params, *prompts, jax.random.key(1)))
+    seen = []
+
+    def watch(tokens: np.ndarray) -> np.ndarray:
+        seen.append(tokens)
+        return np.array([True, tokens.shape[1] >= 16, False])
+
+    found = np.asarray(generate(params, *prompts, jax.random.key(1), watch))
+    assert [tokens.shape for tokens in seen] == [(3, 8), (3, 16), (3, 20)]
+    np.testing.assert_array_equal(seen[0], whole[:, :8])
+    for row, length in enumerate((8, 16, 20)):
+        np.testing.assert_array_equal(found[row, :length], whole[row, :length])
+        assert set(found[row, length:].tolist()) <= {NEVER}
+
+
+def test_no_step_is_taken_once_every_row_is_done(model: Model, params: Params):
+    """Of 64 tokens 8 are drawn: 3 rows are done then, and a model call is a step."""
+    calls = []
+
+    def counted(params: Params, tokens: jax.Array, *rest: Any) -> Any:
+        jax.debug.callback(lambda: calls.append(tokens.shape))
+        return model.extend(params, tokens, *rest)
+
+    generate = make_generate(
+        counted, model.empty_cache, eos_token=NEVER, num_new=64, temperature=0.0
+    )
+    prompts = (*pad_left(PROMPTS, 6, 3), jax.random.key(0))
+    generate(params, *prompts, lambda tokens: np.ones(3, bool)).block_until_ready()
+    jax.effects_barrier()
+    assert calls == [(3, 6)] + 8 * [(3, 1)]
+    calls.clear()
+    generate(params, *prompts).block_until_ready()
+    jax.effects_barrier()
+    assert len(calls) == 1 + 64
 
 
 def test_trim_keeps_the_eos_and_a_row_without_one():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import ByT5Tokenizer
 
 from dpojax.cli import main
 from dpojax.commands import init
@@ -15,7 +16,10 @@ from dpojax.config import GenerateConfig, InitConfig
 from dpojax.data.prompt_files import read_prompts
 from dpojax.data.synthetic import make_tokenizer
 from dpojax.data.tokenize import encode_prompt
-from dpojax.sampling import cut_at, decode_completion, generate
+from dpojax.evaluation import make_sampler
+from dpojax.loading import load_model
+from dpojax.sampling import cut_at, decode_completion, generate, make_is_done
+from dpojax.sharding import make_mesh, make_placement
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} said {{ m.content }} . {% endfor %}"
@@ -74,6 +78,50 @@ def test_a_stop_string_ends_a_completion_before_it(config: GenerateConfig):
     for one, other in zip(whole, stopped, strict=True):
         assert other.completions[0] == one.completions[0].partition(stop)[0]
     assert stopped != whole
+
+
+def test_a_stop_string_ends_the_sampling_of_its_row(
+    config: GenerateConfig, model: Path
+):
+    """The texts are those of the whole sampling, cut; and each row is left early."""
+    mesh = make_mesh(1, 1, 4)
+    loaded = load_model(str(model), mesh, compute_dtype=None)
+    sampler = make_sampler(
+        loaded,
+        num_new=64,
+        batch_size=2,
+        placement=make_placement(mesh),
+        num_samples=2,
+        temperature=1.3,
+    )
+    prompts = [encode_prompt(prompt, loaded.tokenizer) for prompt in PROMPTS]
+    rows = [prompt for prompt in prompts for _ in range(2)]
+
+    def texts(completions: list[list[int]]) -> list[str]:
+        pairs = zip(rows, completions, strict=True)
+        return [decode_completion(loaded.tokenizer, *pair) for pair in pairs]
+
+    whole = sampler(loaded.params, prompts, 5)
+    stops = tuple(text[6:9] for text in texts(whole))  # each in the midst of words
+    stopped = sampler(loaded.params, prompts, 5, make_is_done(loaded.tokenizer, stops))
+    pairs = zip(texts(stopped), texts(whole), strict=True)
+    for short, long in zip(stopped, whole, strict=True):
+        assert short == long[: len(short)] and len(short) in (8, 16)
+    for text, all_text in pairs:
+        assert cut_at(text, stops) == cut_at(all_text, stops) != all_text
+
+
+def test_an_unfinished_character_stops_nothing():
+    """Bytes apart, as byte-level tokenizers have them: é is two of them."""
+    tokenizer = ByT5Tokenizer()
+    is_done = make_is_done(tokenizer, ("\ufffd", "né"))
+    assert is_done is not None
+    prompt, completion = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("un", "né")
+    )
+    answers = [is_done(prompt, completion[:end]) for end in range(1, 4)]
+    assert len(completion) == 3 and answers == [False, False, True]
+    assert make_is_done(tokenizer, ()) is None
 
 
 def test_the_earliest_of_several_stop_strings_counts():
