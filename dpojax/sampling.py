@@ -46,7 +46,8 @@ def generate(config: GenerateConfig) -> list[Continued]:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     ids = [encode_prompt(prompt, loaded.tokenizer) for prompt in prompts]
-    check_positions(loaded, max(map(len, ids)) + config.max_new_tokens)
+    advice = "give shorter prompts, or allow fewer --max-new-tokens"
+    check_positions(loaded, max(map(len, ids)) + config.max_new_tokens, advice)
     sampler = make_sampler(
         loaded,
         num_new=config.max_new_tokens,
@@ -119,6 +120,8 @@ def _complete(
 
 
 def _check(config: GenerateConfig) -> None:
+    if config.chat:
+        raise ValueError("--chat has no prompts to continue; see dpojax.chat.chat.")
     if bool(config.prompt) == (config.prompts_file is not None):
         raise ValueError(
             "Give the prompts to continue either by --prompt or by --prompts-file."

@@ -280,3 +280,14 @@ def test_a_top_k_of_the_whole_vocabulary_is_refused_once_it_is_known(
 ):
     with pytest.raises(ValueError, match=r"top_k is 9999, but the vocabulary has \d+"):
         generate(replace(config, top_k=9999))
+
+
+def test_prompts_beyond_the_models_positions_are_refused_with_the_flags_that_help(
+    config: GenerateConfig,
+):
+    message = (
+        r"tokens exceed the 2048 positions of the model \(max_position_embeddings\); "
+        "give shorter prompts, or allow fewer --max-new-tokens.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(replace(config, max_new_tokens=2048))
