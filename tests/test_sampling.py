@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import ByT5Tokenizer
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dpojax.cli import main
 from dpojax.commands import init
@@ -112,16 +114,18 @@ def test_a_stop_string_ends_the_sampling_of_its_row(
 
 
 def test_an_unfinished_character_stops_nothing():
-    """Bytes apart, as byte-level tokenizers have them: é is two of them."""
-    tokenizer = ByT5Tokenizer()
+    """With a token for each byte: é is two of them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = RawTokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     is_done = make_is_done(tokenizer, ("\ufffd", "né"))
-    assert is_done is not None
-    prompt, completion = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("un", "né")
-    )
+    assert is_done is not None and make_is_done(tokenizer, ()) is None
+    prompt, completion = (tokenizer(text)["input_ids"] for text in ("un", "né"))
+    assert decode_completion(tokenizer, prompt, completion[:2]) == "n\ufffd"
     answers = [is_done(prompt, completion[:end]) for end in range(1, 4)]
     assert len(completion) == 3 and answers == [False, False, True]
-    assert make_is_done(tokenizer, ()) is None
 
 
 def test_the_earliest_of_several_stop_strings_counts():
