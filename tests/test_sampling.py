@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dpojax import evaluation
 from dpojax.cli import main
 from dpojax.commands import init
 from dpojax.config import GenerateConfig, InitConfig
@@ -19,6 +20,7 @@ from dpojax.data.prompt_files import read_prompts
 from dpojax.data.synthetic import make_tokenizer
 from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import make_sampler
+from dpojax.generate import Generate, make_generate
 from dpojax.loading import load_model
 from dpojax.sampling import cut_at, decode_completion, generate, make_is_done
 from dpojax.sharding import make_mesh, make_placement
@@ -83,9 +85,25 @@ def test_a_stop_string_ends_a_completion_before_it(config: GenerateConfig):
 
 
 def test_a_stop_string_ends_the_sampling_of_its_row(
-    config: GenerateConfig, model: Path
+    model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The texts are those of the whole sampling, cut; and each row is left early."""
+    steps: list[int] = []
+
+    def make_counting(*functions: Any, **settings: Any) -> Generate:
+        generate = make_generate(*functions, **settings)
+
+        def counting(params: Any, tokens: Any, mask: Any, key: Any, watch: Any) -> Any:
+            def counted(tokens: np.ndarray) -> np.ndarray:
+                steps.append(tokens.shape[1])
+                return watch(tokens)
+
+            watched = None if watch is None else counted
+            return generate(params, tokens, mask, key, watched)
+
+        return counting
+
+    monkeypatch.setattr(evaluation, "make_generate", make_counting)
     mesh = make_mesh(1, 1, 4)
     loaded = load_model(str(model), mesh, compute_dtype=None)
     sampler = make_sampler(
@@ -105,7 +123,9 @@ def test_a_stop_string_ends_the_sampling_of_its_row(
 
     whole = sampler(loaded.params, prompts, 5)
     stops = tuple(text[6:9] for text in texts(whole))  # each in the midst of words
-    stopped = sampler(loaded.params, prompts, 5, make_is_done(loaded.tokenizer, stops))
+    is_done = make_is_done(loaded.tokenizer, stops)
+    stopped = sampler(loaded.params, prompts, 5, is_done)
+    assert set(steps) <= {8, 16}  # of 64: none is taken beyond
     pairs = zip(texts(stopped), texts(whole), strict=True)
     for short, long in zip(stopped, whole, strict=True):
         assert short == long[: len(short)] and len(short) in (8, 16)
