@@ -21,7 +21,10 @@ Advance = Callable[[str], None]
 
 @contextmanager
 def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A progress bar; each call of what it yields is one unit, with figures to show."""
+    """A progress bar; each call of what it yields is one unit, with figures to show.
+
+    Of one unit there is none: it would show nothing until all is done.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,9 +33,8 @@ def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    bars = Progress(
-        *columns, console=CONSOLE, disable=not CONSOLE.is_terminal, transient=True
-    )
+    hidden = not CONSOLE.is_terminal or total == 1
+    bars = Progress(*columns, console=CONSOLE, disable=hidden, transient=True)
     with bars:
         task = bars.add_task(description, total=total, completed=done, figures="")
         yield lambda figures: bars.update(task, advance=1, figures=figures)
@@ -41,6 +43,11 @@ def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
 def say(text: str) -> None:
     """A line, its brackets meant literally."""
     CONSOLE.print(escape(text), soft_wrap=True)
+
+
+def show_part(text: str) -> None:
+    """A part of a line, which the next one continues."""
+    CONSOLE.out(text, end="", highlight=False)
 
 
 def show_table(
