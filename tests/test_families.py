@@ -251,6 +251,7 @@ SIZES = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 4,  # some families' default is more than the heads
     "intermediate_size": 172,
 }
 # What no family has.
