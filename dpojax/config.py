@@ -313,8 +313,6 @@ class GenerateConfig:
     """One or more prompts."""
     prompts_file: str | None = None
     """Instead: JSON Lines with a prompt each, text or messages; or lines of text."""
-    chat: bool = False
-    """Instead: talk with the model, line by line, until the input ends."""
     output: str | None = None
     """JSON Lines file to write, new: prompt and completions. Default: print them."""
     num_samples: int = 1

@@ -5,24 +5,20 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from dpojax import metrics
 from dpojax.data.loader import evaluation_batches
 from dpojax.data.packing import Example, bucket_length
-from dpojax.generate import Watch, make_generate, pad_left, trim
+from dpojax.generate import make_generate, pad_left, trim
 from dpojax.loading import Loaded
 from dpojax.progress import track
 from dpojax.sharding import Placement
 from dpojax.train_step import EvalStep, Params, make_kl_step
 from dpojax.truncation import EVERY_TOKEN, Truncation
 
-Prompts = Sequence[Sequence[int]]
-# (prompt, completion so far) -> whether no more is wanted of it
-IsDone = Callable[[Sequence[int], Sequence[int]], bool]
-# (params, prompts, seed, is_done=None) -> completions, those of a prompt side by side;
-# EOS ends what the model has ended
-Sampler = Callable[..., list[list[int]]]
+# (params, prompts, seed) -> completions, those of a prompt side by side; EOS ends what
+# the model has ended
+Sampler = Callable[[Params, Sequence[Sequence[int]], int], list[list[int]]]
 
 
 def evaluate(
@@ -65,10 +61,6 @@ def make_sampler(
       temperature: divides the logits; 0 takes the most likely token.
       truncation: tokens that are too unlikely to be drawn.
       num_samples: completions of each prompt, which share its prefill.
-
-    Returns:
-      A function of parameters, prompts, a seed and, optionally, of what says that a
-      completion is done, asked every few tokens; what was drawn by then stays in it.
     """
     generate = make_generate(
         loaded.model.extend,
@@ -81,60 +73,24 @@ def make_sampler(
     )
 
     num_rows = -(-batch_size // placement.num_shards) * placement.num_shards
-    eos_token = loaded.eos_token
-
-    def sample_batch(
-        params: Params,
-        prompts: Prompts,
-        length: int,
-        key: Array,
-        is_done: IsDone | None,
-    ) -> list[list[int]]:
-        tokens, is_prompt = placement.put(pad_left(prompts, length, num_rows))
-        repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-        done: dict[int, list[int]] = {}
-        watch = None
-        if is_done is not None:
-            watch = _as_watch(is_done, repeated, eos_token, done)
-        rows = jax.device_get(generate(params, tokens, is_prompt, key, watch))
-        return [done.get(n, trim(rows[n], eos_token)) for n in range(len(repeated))]
 
     def sample(
-        params: Params, prompts: Prompts, seed: int, is_done: IsDone | None = None
+        params: Params, prompts: Sequence[Sequence[int]], seed: int
     ) -> list[list[int]]:
         length = bucket_length(max(map(len, prompts)))
         completions: list[list[int]] = []
         with track("Sampling", total=-(-len(prompts) // num_rows)) as advance:
             for start in range(0, len(prompts), num_rows):
                 some = prompts[start : start + num_rows]
+                tokens, is_prompt = placement.put(pad_left(some, length, num_rows))
                 key = jax.random.fold_in(jax.random.key(seed), start * num_samples)
-                completions += sample_batch(params, some, length, key, is_done)
+                rows = jax.device_get(generate(params, tokens, is_prompt, key))
+                wanted = rows[: len(some) * num_samples]
+                completions += [trim(row, loaded.eos_token) for row in wanted]
                 advance("")
         return completions
 
     return sample
-
-
-def _as_watch(
-    is_done: IsDone,
-    prompts: Prompts,
-    eos_token: int,
-    done: dict[int, list[int]],
-) -> Watch:
-    """Asks for each row that has a prompt and is not done; keeps what those hold.
-
-    Rows that fill the batch are done at once.
-    """
-
-    def watch(tokens: np.ndarray) -> np.ndarray:
-        for row, prompt in enumerate(prompts):
-            completion = trim(tokens[row], eos_token)
-            if row not in done and is_done(prompt, completion):
-                done[row] = completion
-        is_filler = np.arange(len(tokens)) >= len(prompts)
-        return is_filler | np.isin(np.arange(len(tokens)), list(done))
-
-    return watch
 
 
 def sample_metrics(

@@ -2,8 +2,7 @@
 
 Prompts of different lengths are padded on the left, so that all rows of a batch write
 the same place of the cache at each step. Several samples of a prompt share its prefill:
-the prompt is computed once, and its rows of the cache are repeated. The loop over new
-tokens is compiled; whoever watches it is asked between parts of it which rows are done.
+the prompt is computed once, and its rows of the cache are repeated.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,18 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.log_probs import logits_of
-from dpojax.truncation import EVERY_TOKEN, Choose, Truncation, make_choose
+from dpojax.truncation import EVERY_TOKEN, Truncation, make_choose
 
 Params = Any
-# The tokens so far [rows x samples, so far] -> which of the rows are done
-Watch = Callable[[Int[np.ndarray, "rows so_far"]], Bool[np.ndarray, " rows"]]
-# (params, prompts, is_prompt, key, watch=None) -> tokens [rows x samples, new], samples
-# of a prompt side by side, the end filled with EOS
-Generate = Callable[..., Array]
-WATCH_EVERY = 8  # steps: a device waits for the host after so many
+# (params, prompts, is_prompt, key) -> tokens [rows x samples, new], samples of a prompt
+# side by side, the end filled with EOS
+Generate = Callable[[Params, ArrayLike, ArrayLike, Array], Array]
 
 
 class _Progress(NamedTuple):
@@ -31,7 +28,6 @@ class _Progress(NamedTuple):
     tokens: Int[Array, "rows new"]
     ended: Bool[Array, " rows"]
     logits: Float[Array, "rows vocabulary"]
-    example: Int[Array, "rows keys"]
     cache: Any
 
 
@@ -68,7 +64,7 @@ def make_generate(
     truncation: Truncation = EVERY_TOKEN,
     num_samples: int = 1,
 ) -> Generate:
-    """Builds ``generate(params, prompts, is_prompt, key, watch=None) -> tokens``.
+    """Builds ``generate(params, prompts, is_prompt, key) -> tokens``, jitted.
 
     Args:
       extend: the model: parameters, new tokens, their positions, the example number of
@@ -82,9 +78,7 @@ def make_generate(
 
     Returns:
       A function of parameters, prompts padded on the left ``[rows, length]``, their
-      mask likewise, and a random key; it stops once every row has ended. `watch` may
-      end a row too: it sees the tokens so far after every `WATCH_EVERY` of them. What
-      is drawn does not depend on it; what follows in a row that it ended is EOS.
+      mask likewise, and a random key; it stops once every row has ended.
 
     Raises:
       ValueError: for a temperature or truncation that cannot be; if `num_new` or
@@ -92,113 +86,48 @@ def make_generate(
     """
     choose = make_choose(temperature, truncation)
     _check(num_new, num_samples, temperature)
-    start = jax.jit(_make_start(extend, empty_cache, eos_token, num_new, num_samples))
-    # The cache is written in place.
-    advance = jax.jit(_make_advance(extend, choose, eos_token), donate_argnums=1)
 
-    def generate(
-        params: Params,
-        prompts: Array | np.ndarray,
-        is_prompt: Array | np.ndarray,
-        key: Array,
-        watch: Watch | None = None,
-    ) -> Array:
-        progress = start(params, prompts, is_prompt)
-        if watch is None:
-            return advance(params, progress, key, num_new).tokens
-        for step in range(0, num_new, WATCH_EVERY):
-            until = min(step + WATCH_EVERY, num_new)
-            progress = advance(params, progress, key, until)
-            tokens, ended = jax.device_get((progress.tokens, progress.ended))
-            ended = ended | watch(tokens[:, :until])
-            if ended.all():
-                break
-            on_device = jax.device_put(ended, progress.ended.sharding)
-            progress = progress._replace(ended=on_device)
-        return progress.tokens
-
-    return generate
-
-
-def _make_start(
-    extend: Callable,
-    empty_cache: Callable,
-    eos_token: int,
-    num_new: int,
-    num_samples: int,
-) -> Callable[[Params, Array, Array], _Progress]:
-    """The prefill of each prompt, and room for what follows it."""
-
-    def start(params: Params, prompts: Array, is_prompt: Array) -> _Progress:
+    def generate(params: Params, prompts: Array, is_prompt: Array, key: Array) -> Array:
         num_prompts, length = prompts.shape
         num_rows = num_prompts * num_samples
         new = jnp.ones((num_prompts, num_new), bool)
         example = jnp.concatenate([is_prompt, new], axis=1).astype(jnp.int32)
+
+        def advance(
+            tokens: Array, example: Array, cache: Any, offset: Array | int
+        ) -> tuple:
+            index = offset + jnp.arange(tokens.shape[1])
+            padding = jnp.sum(example == 0, axis=1, keepdims=True)
+            position = jnp.maximum(index - padding, 0)
+            hidden, output, cache = extend(
+                params, tokens, position, example, cache, offset
+            )
+            logits = logits_of(hidden[:, -1], output)
+            return logits, cache
+
+        def unfinished(progress: _Progress) -> Array:
+            return (progress.step < num_new) & ~jnp.all(progress.ended)
+
+        def step(progress: _Progress) -> _Progress:
+            chosen = choose(progress.logits, jax.random.fold_in(key, progress.step))
+            chosen = jnp.where(progress.ended, eos_token, chosen).astype(jnp.int32)
+            tokens = progress.tokens.at[:, progress.step].set(chosen)
+            ended = progress.ended | (chosen == eos_token)
+            offset = length + progress.step
+            tokens_now = chosen[:, None]
+            logits, cache = advance(tokens_now, of_rows, progress.cache, offset)
+            return _Progress(progress.step + 1, tokens, ended, logits, cache)
+
         cache = empty_cache(num_prompts, length + num_new)
-        logits, cache = _extend(extend, params, prompts, example, cache, 0)
-        return _Progress(
-            step=jnp.zeros((), jnp.int32),
-            tokens=jnp.full((num_rows, num_new), eos_token, jnp.int32),
-            ended=jnp.zeros(num_rows, bool),
-            logits=_repeat(logits, num_samples, 0),
-            example=_repeat(example, num_samples, 0),
-            cache=jax.tree.map(lambda part: _repeat(part, num_samples, 1), cache),
-        )
+        logits, cache = advance(prompts, example, cache, 0)
+        logits, of_rows = (_repeat(part, num_samples, 0) for part in (logits, example))
+        cache = jax.tree.map(lambda part: _repeat(part, num_samples, 1), cache)
+        tokens = jnp.full((num_rows, num_new), eos_token, jnp.int32)
+        ended = jnp.zeros(num_rows, bool)
+        start = _Progress(jnp.zeros((), jnp.int32), tokens, ended, logits, cache)
+        return jax.lax.while_loop(unfinished, step, start).tokens
 
-    return start
-
-
-def _make_advance(
-    extend: Callable, choose: Choose, eos_token: int
-) -> Callable[[Params, _Progress, Array, Array], _Progress]:
-    """Further tokens of every row up to a step, or until all rows have ended."""
-
-    def advance(
-        params: Params, progress: _Progress, key: Array, until: Array
-    ) -> _Progress:
-        length = progress.example.shape[1] - progress.tokens.shape[1]
-
-        def unfinished(now: _Progress) -> Array:
-            return (now.step < until) & ~jnp.all(now.ended)
-
-        def step(now: _Progress) -> _Progress:
-            chosen = choose(now.logits, jax.random.fold_in(key, now.step))
-            chosen = jnp.where(now.ended, eos_token, chosen).astype(jnp.int32)
-            logits, cache = _extend(
-                extend,
-                params,
-                chosen[:, None],
-                now.example,
-                now.cache,
-                length + now.step,
-            )
-            return now._replace(
-                step=now.step + 1,
-                tokens=now.tokens.at[:, now.step].set(chosen),
-                ended=now.ended | (chosen == eos_token),
-                logits=logits,
-                cache=cache,
-            )
-
-        return jax.lax.while_loop(unfinished, step, progress)
-
-    return advance
-
-
-def _extend(
-    extend: Callable,
-    params: Params,
-    tokens: Array,
-    example: Array,
-    cache: Any,
-    offset: Array | int,
-) -> tuple[Array, Any]:
-    """The logits after the last of new tokens, which enter the cache."""
-    index = offset + jnp.arange(tokens.shape[1])
-    padding = jnp.sum(example == 0, axis=1, keepdims=True)
-    position = jnp.maximum(index - padding, 0)
-    hidden, output, cache = extend(params, tokens, position, example, cache, offset)
-    return logits_of(hidden[:, -1], output), cache
+    return jax.jit(generate)
 
 
 def _check(num_new: int, num_samples: int, temperature: float) -> None:

@@ -175,26 +175,13 @@ def load_reference(name: str, like: Loaded, mesh: Mesh) -> Params:
     return graft(base, place_adapters(directory, like.model, settings, mesh))
 
 
-def check_positions(
-    loaded: Loaded,
-    length: int,
-    advice: str = "allow fewer, for example by --max-length",
-) -> None:
-    """Refuses sequences longer than the model is meant for.
-
-    Args:
-      loaded: the model.
-      length: tokens of the longest sequence.
-      advice: what to do about it, by the flags of the command that asks.
-
-    Raises:
-      ValueError: if the length exceeds the model's positions.
-    """
+def check_positions(loaded: Loaded, length: int) -> None:
+    """Refuses sequences longer than the model is meant for."""
     most = loaded.model.config.max_length
     if length > most:
         raise ValueError(
             f"Sequences of {length} tokens exceed the {most} positions of the model "
-            f"(max_position_embeddings); {advice}."
+            "(max_position_embeddings); allow fewer, for example by --max-length."
         )
 
 

@@ -21,10 +21,7 @@ Advance = Callable[[str], None]
 
 @contextmanager
 def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A progress bar; each call of what it yields is one unit, with figures to show.
-
-    Of one unit there is none: it would show nothing until all is done.
-    """
+    """A progress bar; each call of what it yields is one unit, with figures to show."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,8 +30,9 @@ def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    hidden = not CONSOLE.is_terminal or total == 1
-    bars = Progress(*columns, console=CONSOLE, disable=hidden, transient=True)
+    bars = Progress(
+        *columns, console=CONSOLE, disable=not CONSOLE.is_terminal, transient=True
+    )
     with bars:
         task = bars.add_task(description, total=total, completed=done, figures="")
         yield lambda figures: bars.update(task, advance=1, figures=figures)
@@ -43,11 +41,6 @@ def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
 def say(text: str) -> None:
     """A line, its brackets meant literally."""
     CONSOLE.print(escape(text), soft_wrap=True)
-
-
-def show_part(text: str) -> None:
-    """A part of a line, which the next one continues."""
-    CONSOLE.out(text, end="", highlight=False)
 
 
 def show_table(

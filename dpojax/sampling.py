@@ -1,7 +1,7 @@
 """The generate command: prompts continued, printed or written as JSON Lines.
 
-Stop strings are looked for in the text, every few tokens: a string may begin in the
-midst of a token. This file knows no cache and no logits.
+Stop strings are looked for in the text, after decoding: a string may begin in the midst
+of a token. This file knows no cache and no logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,12 @@ from dpojax.config import GenerateConfig
 from dpojax.data.fields import Text
 from dpojax.data.prompt_files import read_prompts
 from dpojax.data.tokenize import Tokenizer, encode_prompt
-from dpojax.evaluation import IsDone, Sampler, make_sampler
+from dpojax.evaluation import Sampler, make_sampler
 from dpojax.loading import Loaded, check_positions, load_model
 from dpojax.progress import say
 from dpojax.sharding import make_mesh, make_placement
 from dpojax.truncation import Truncation, make_choose
 from dpojax.whole_files import new_file, write_json_lines
-
-UNFINISHED = "\ufffd"  # what decoding gives for the first bytes of a character
 
 
 class Continued(NamedTuple):
@@ -46,15 +44,14 @@ def generate(config: GenerateConfig) -> list[Continued]:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     ids = [encode_prompt(prompt, loaded.tokenizer) for prompt in prompts]
-    advice = "give shorter prompts, or allow fewer --max-new-tokens"
-    check_positions(loaded, max(map(len, ids)) + config.max_new_tokens, advice)
+    check_positions(loaded, max(map(len, ids)) + config.max_new_tokens)
     sampler = make_sampler(
         loaded,
         num_new=config.max_new_tokens,
         batch_size=min(config.batch_size, len(ids)),
         placement=make_placement(mesh),
         temperature=config.temperature,
-        truncation=as_truncation(config),
+        truncation=_truncation(config),
         num_samples=config.num_samples,
     )
     texts = iter(_complete(loaded, sampler, ids, config))
@@ -73,21 +70,6 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
     """What stands before the earliest of the strings; all of it if there is none."""
     places = [text.find(stop) for stop in stops]
     return text[: min((place for place in places if place >= 0), default=len(text))]
-
-
-def make_is_done(tokenizer: Tokenizer, stops: Sequence[str]) -> IsDone | None:
-    """Whether a completion's text holds a stop string; None if there are none.
-
-    Of an unfinished character nothing is known yet, so it stops nothing.
-    """
-    if not stops:
-        return None
-
-    def is_done(prompt: Sequence[int], completion: Sequence[int]) -> bool:
-        text = decode_completion(tokenizer, prompt, completion).rstrip(UNFINISHED)
-        return cut_at(text, stops) != text
-
-    return is_done
 
 
 def decode_completion(
@@ -113,28 +95,16 @@ def _complete(
     config: GenerateConfig,
 ) -> Iterator[str]:
     repeated = (prompt for prompt in prompts for _ in range(config.num_samples))
-    is_done = make_is_done(loaded.tokenizer, config.stop)
-    rows = sampler(loaded.params, prompts, config.seed, is_done)
+    rows = sampler(loaded.params, prompts, config.seed)
     for prompt, row in zip(repeated, rows, strict=True):
         yield cut_at(decode_completion(loaded.tokenizer, prompt, row), config.stop)
 
 
 def _check(config: GenerateConfig) -> None:
-    if config.chat:
-        raise ValueError("--chat has no prompts to continue; see dpojax.chat.chat.")
     if bool(config.prompt) == (config.prompts_file is not None):
         raise ValueError(
             "Give the prompts to continue either by --prompt or by --prompts-file."
         )
-    check_sampling(config)
-
-
-def check_sampling(config: GenerateConfig) -> None:
-    """Refuses numbers, stop strings and rules with which nothing could be sampled.
-
-    Raises:
-      ValueError: naming the first of them.
-    """
     for name in ("max_new_tokens", "num_samples", "batch_size"):
         if vars(config)[name] < 1:
             raise ValueError(f"{name} is {vars(config)[name]}; it must be positive.")
@@ -147,11 +117,10 @@ def check_sampling(config: GenerateConfig) -> None:
             f"At temperature 0 all {config.num_samples} samples of a prompt are the "
             "same; ask for one, or give a temperature."
         )
-    make_choose(config.temperature, as_truncation(config))  # refuses what it cannot do
+    make_choose(config.temperature, _truncation(config))  # refuses what it cannot do
 
 
-def as_truncation(config: GenerateConfig) -> Truncation:
-    """The tokens that the settings leave to be drawn."""
+def _truncation(config: GenerateConfig) -> Truncation:
     return Truncation(top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
 
 

@@ -1,78 +1,24 @@
 """What the README shows runs as it stands there."""
 
-import math
 import re
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
 import pytest
 
-from dpojax.data.packing import Example, as_batch
-from dpojax.log_probs import completion_log_probs
-from dpojax.metrics import summarize
 from dpojax.objective_table import as_markdown
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-FIRST_STEPS = [block for block in BLOCKS if "state, sums = train_step(" in block]
-OWN_MODELS = [block for block in FIRST_STEPS if "class TinyLM" in block]
 
 
-def run(block: str) -> dict[str, Any]:
-    """The names that a block leaves behind."""
-    names: dict[str, Any] = {}
-    exec(compile(block, str(README), "exec"), names)
-    return names
-
-
-def library(block: str) -> str:
-    """By what a block is told from others."""
-    found = re.search(r"from flax import (\w+)|from ([\w.]+)", block)
-    assert found is not None
-    return found[1] or found[2]
-
-
-@pytest.mark.parametrize(
-    "block", [block for block in BLOCKS if block not in FIRST_STEPS], ids=library
-)
-def test_every_other_python_block_runs(block: str):
-    run(block)
-
-
-@pytest.mark.parametrize("block", FIRST_STEPS, ids=library)
-def test_every_first_step_starts_at_log_2(block: str):
-    sums = jax.device_get(run(block)["sums"])
-    assert summarize(sums)["loss"] == pytest.approx(math.log(2), abs=1e-7)
-
-
-@pytest.mark.parametrize("block", OWN_MODELS, ids=library)
-def test_own_models_see_each_completion_as_if_it_stood_alone(block: str):
-    """Both pairs in one row, and their four completions in a row each."""
-    names = run(block)
-    apply, params = names["apply"], names["state"].params
-    pairs = [example for row in names["rows"] for example in row]
-
-    def log_probs(rows: list[list[Example]], num_completions: int) -> np.ndarray:
-        size = {"num_slots": len(rows[0]), "num_completions": num_completions}
-        batch = as_batch(rows, length=24, **size)
-        hidden, output = apply(params, batch)
-        return np.asarray(completion_log_probs(hidden, output, batch)).ravel()
-
-    alone = [
-        [example._replace(completions=(completion,))]
-        for example in pairs
-        for completion in example.completions
-    ]
-    together = log_probs([pairs], num_completions=2)
-    assert len(together) == 4
-    np.testing.assert_allclose(together, log_probs(alone, 1), rtol=1e-5)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
+def test_every_python_block_runs(block: str):
+    exec(compile(block, str(README), "exec"), {})
 
 
 def test_there_are_python_blocks():
-    assert (len(BLOCKS), len(FIRST_STEPS), len(OWN_MODELS)) == (5, 3, 2)
+    assert len(BLOCKS) == 3
 
 
 def test_the_table_of_objectives_is_the_one_that_the_command_prints():

@@ -8,22 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from dpojax import evaluation
 from dpojax.cli import main
 from dpojax.commands import init
 from dpojax.config import GenerateConfig, InitConfig
 from dpojax.data.prompt_files import read_prompts
 from dpojax.data.synthetic import make_tokenizer
 from dpojax.data.tokenize import encode_prompt
-from dpojax.evaluation import make_sampler
-from dpojax.generate import Generate, make_generate
-from dpojax.loading import load_model
-from dpojax.sampling import cut_at, decode_completion, generate, make_is_done
-from dpojax.sharding import make_mesh, make_placement
+from dpojax.sampling import cut_at, decode_completion, generate
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} said {{ m.content }} . {% endfor %}"
@@ -82,70 +74,6 @@ def test_a_stop_string_ends_a_completion_before_it(config: GenerateConfig):
     for one, other in zip(whole, stopped, strict=True):
         assert other.completions[0] == one.completions[0].partition(stop)[0]
     assert stopped != whole
-
-
-def test_a_stop_string_ends_the_sampling_of_its_row(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The texts are those of the whole sampling, cut; and each row is left early."""
-    steps: list[int] = []
-
-    def make_counting(*functions: Any, **settings: Any) -> Generate:
-        generate = make_generate(*functions, **settings)
-
-        def counting(params: Any, tokens: Any, mask: Any, key: Any, watch: Any) -> Any:
-            def counted(tokens: np.ndarray) -> np.ndarray:
-                steps.append(tokens.shape[1])
-                return watch(tokens)
-
-            watched = None if watch is None else counted
-            return generate(params, tokens, mask, key, watched)
-
-        return counting
-
-    monkeypatch.setattr(evaluation, "make_generate", make_counting)
-    mesh = make_mesh(1, 1, 4)
-    loaded = load_model(str(model), mesh, compute_dtype=None)
-    sampler = make_sampler(
-        loaded,
-        num_new=64,
-        batch_size=2,
-        placement=make_placement(mesh),
-        num_samples=2,
-        temperature=1.3,
-    )
-    prompts = [encode_prompt(prompt, loaded.tokenizer) for prompt in PROMPTS]
-    rows = [prompt for prompt in prompts for _ in range(2)]
-
-    def texts(completions: list[list[int]]) -> list[str]:
-        pairs = zip(rows, completions, strict=True)
-        return [decode_completion(loaded.tokenizer, *pair) for pair in pairs]
-
-    whole = sampler(loaded.params, prompts, 5)
-    stops = tuple(text[6:9] for text in texts(whole))  # each in the midst of words
-    is_done = make_is_done(loaded.tokenizer, stops)
-    stopped = sampler(loaded.params, prompts, 5, is_done)
-    assert set(steps) <= {8, 16}  # of 64: none is taken beyond
-    pairs = zip(texts(stopped), texts(whole), strict=True)
-    for short, long in zip(stopped, whole, strict=True):
-        assert short == long[: len(short)] and len(short) in (8, 16)
-    for text, all_text in pairs:
-        assert cut_at(text, stops) == cut_at(all_text, stops) != all_text
-
-
-def test_an_unfinished_character_stops_nothing():
-    """With a token for each byte: é is two of them."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = RawTokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
-    is_done = make_is_done(tokenizer, ("\ufffd", "né"))
-    assert is_done is not None and make_is_done(tokenizer, ()) is None
-    prompt, completion = (tokenizer(text)["input_ids"] for text in ("un", "né"))
-    assert decode_completion(tokenizer, prompt, completion[:2]) == "n\ufffd"
-    answers = [is_done(prompt, completion[:end]) for end in range(1, 4)]
-    assert len(completion) == 3 and answers == [False, False, True]
 
 
 def test_the_earliest_of_several_stop_strings_counts():
@@ -304,14 +232,3 @@ def test_a_top_k_of_the_whole_vocabulary_is_refused_once_it_is_known(
 ):
     with pytest.raises(ValueError, match=r"top_k is 9999, but the vocabulary has \d+"):
         generate(replace(config, top_k=9999))
-
-
-def test_prompts_beyond_the_models_positions_are_refused_with_the_flags_that_help(
-    config: GenerateConfig,
-):
-    message = (
-        r"tokens exceed the 2048 positions of the model \(max_position_embeddings\); "
-        "give shorter prompts, or allow fewer --max-new-tokens.$"
-    )
-    with pytest.raises(ValueError, match=message):
-        generate(replace(config, max_new_tokens=2048))

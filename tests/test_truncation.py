@@ -1,7 +1,5 @@
 """Temperature, top-k, top-p and min-p: by hand, and against transformers."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,49 +81,11 @@ def test_the_masks_are_those_of_transformers(
         if value is not None:
             expected = classes[name](value)(ids, expected)
     found = truncate(jnp.asarray(logits) / temperature, truncation)
-    found, expected = np.array(found), expected.numpy()
-    if truncation.top_p is not None:
-        # Which of equally likely tokens top-p keeps, torch leaves to its sort.
-        found[32:], expected[32:] = np.sort(found[32:]), np.sort(expected[32:])
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found[:32], expected[:32].numpy(), rtol=1e-6)
+    # Which of equally likely tokens top-p keeps, torch leaves to its sort.
+    tied = np.sort(found[32:]), np.sort(expected[32:].numpy())
+    np.testing.assert_allclose(*tied, rtol=1e-6)
     assert np.isinf(found).any()
-
-
-def test_the_rules_come_in_the_order_of_transformers():
-    """What `generate` draws from there; in another order other tokens are left."""
-    torch = pytest.importorskip("torch")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    config = LlamaConfig(
-        vocab_size=97, num_attention_heads=4, initializer_range=0.5, **sizes, **special
-    )
-    theirs: Any = LlamaForCausalLM(config).eval()
-    rules = {"top_k": 20, "top_p": 0.7, "min_p": 0.1}
-    prompts = torch.arange(1, 65)[:, None]  # 0 is padding, whose logits are all 0
-    drawn = theirs.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        temperature=1.6,
-        max_new_tokens=1,
-        return_dict_in_generate=True,
-        output_logits=True,
-        output_scores=True,
-        **rules,
-    )
-    logits = jnp.asarray(drawn.logits[0].numpy())
-    expected = drawn.scores[0].numpy()
-    found = truncate(logits / 1.6, Truncation(**rules))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    rows = logits / 1.6
-    for name in ("min_p", "top_p", "top_k"):
-        rows = truncate(rows, Truncation(**{name: rules[name]}))
-    cold = truncate(logits, Truncation(**rules)) / 1.6
-    for other in (rows, cold):
-        assert (np.isinf(other) != np.isinf(expected)).any()
 
 
 def test_tokens_are_drawn_as_often_as_the_truncated_softmax_says():

@@ -11,11 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-
-# Of a batch, which is on the host until it is placed; scoring it there is allowed.
-Marks = Int[Array | np.ndarray, "rows keys"]
 
 
 class Window(NamedTuple):
@@ -26,15 +22,15 @@ class Window(NamedTuple):
 
 
 def visible(
-    example: Marks,
-    branch: Marks,
+    example: Int[Array, "rows keys"],
+    branch: Int[Array, "rows keys"],
     num_queries: int,
     offset: int | Int[Array, ""] = 0,
     window: Window | None = None,
 ) -> Bool[Array, "rows queries keys"]:
     """Which keys each query sees; queries are the keys from `offset` on."""
 
-    def of_queries(array: Marks) -> Array:
+    def of_queries(array: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(array, offset, num_queries, axis=1)
 
     key_index = jnp.arange(example.shape[1])
@@ -55,8 +51,8 @@ def attention(
     query: Float[Array, "rows queries heads dimension"],
     key: Float[Array, "rows keys key_heads dimension"],
     value: Float[Array, "rows keys key_heads dimension"],
-    example: Marks,
-    branch: Marks,
+    example: Int[Array, "rows keys"],
+    branch: Int[Array, "rows keys"],
     offset: int | Int[Array, ""] = 0,
     *,
     window: Window | None = None,
