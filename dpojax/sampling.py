@@ -1,7 +1,6 @@
 """The generate command: prompts continued, printed or written as JSON Lines.
 
-Stop strings are looked for in the text, after decoding: a string may begin in the midst
-of a token. This file knows no cache and no logits.
+This file knows no cache and no logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,10 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpojax.completions import cut_at, decode_completion, make_has_stopped
 from dpojax.config import GenerateConfig
 from dpojax.data.fields import Text
 from dpojax.data.prompt_files import read_prompts
-from dpojax.data.tokenize import Tokenizer, encode_prompt
+from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import Sampler, make_sampler
 from dpojax.loading import Loaded, check_positions, load_model
 from dpojax.progress import say
@@ -45,6 +45,7 @@ def generate(config: GenerateConfig) -> list[Continued]:
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     ids = [encode_prompt(prompt, loaded.tokenizer) for prompt in prompts]
     check_positions(loaded, max(map(len, ids)) + config.max_new_tokens)
+    stop = make_has_stopped(loaded.tokenizer, config.stop) if config.stop else None
     sampler = make_sampler(
         loaded,
         num_new=config.max_new_tokens,
@@ -53,6 +54,7 @@ def generate(config: GenerateConfig) -> list[Continued]:
         temperature=config.temperature,
         truncation=_truncation(config),
         num_samples=config.num_samples,
+        has_stopped=stop,
     )
     texts = iter(_complete(loaded, sampler, ids, config))
     continued = [
@@ -64,28 +66,6 @@ def generate(config: GenerateConfig) -> list[Continued]:
     else:
         _write(output, continued)
     return continued
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """What stands before the earliest of the strings; all of it if there is none."""
-    places = [text.find(stop) for stop in stops]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
-
-
-def decode_completion(
-    tokenizer: Tokenizer, prompt: Sequence[int], completion: Sequence[int]
-) -> str:
-    """What a completion adds to the text of its prompt.
-
-    Decoded together with it: some tokenizers drop the space at the start of a text.
-    """
-
-    def text(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-    before, whole = text(prompt), text([*prompt, *completion])
-    # A tokenizer that tidies spaces may change the prompt's end.
-    return whole[len(before) :] if whole.startswith(before) else text(completion)
 
 
 def _complete(

@@ -1,5 +1,6 @@
 """Sampling with a cache against full forward passes, transformers and probabilities."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from dpojax import log_probs
 from dpojax.batch import Batch
-from dpojax.generate import Generate, make_generate, pad_left, trim
+from dpojax.generate import WATCH_EVERY, Generate, make_generate, pad_left, trim
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
@@ -241,6 +242,65 @@ def test_samples_are_the_same_on_four_devices(
     assert placement.num_shards == 4 and found.shape == (16, NUM_NEW)
     again = np.asarray(generate(params, *pad_left(PROMPTS, 6, 4), jax.random.key(4)))
     np.testing.assert_array_equal(found, again)
+
+
+class Steps:
+    """A model's function that counts how often it runs."""
+
+    def __init__(self, extend: Callable[..., Any]):
+        self.count = 0
+        self.extend = extend
+
+    def __call__(self, *args: Any) -> Any:
+        jax.debug.callback(self._increase)
+        return self.extend(*args)
+
+    def _increase(self) -> None:
+        self.count += 1
+
+
+def test_rows_that_a_watch_ends_save_steps_and_leave_the_others_as_they_are(
+    model: Model, params: Params
+):
+    """Seen at 8, 16, ... tokens; the first row ends at 8, the last at 16."""
+    steps = Steps(model.extend)
+    generate = make_generate(steps, model.empty_cache, eos_token=NEVER, num_new=44)
+    prompts = *pad_left(PROMPTS, 6, 3), jax.random.key(0)
+    whole = np.asarray(generate(params, *prompts))
+    jax.effects_barrier()
+    assert steps.count == 1 + 44
+    seen: list[int] = []
+
+    def watch(tokens: np.ndarray) -> np.ndarray:
+        seen.append(tokens.shape[1])
+        return seen[-1] >= np.array([8, 16, 16])
+
+    steps.count = 0
+    found = np.asarray(generate(params, *prompts, watch))
+    jax.effects_barrier()
+    assert WATCH_EVERY == 8 and seen == [8, 16]
+    assert steps.count == 1 + 16
+    np.testing.assert_array_equal(found[0, :8], whole[0, :8])
+    np.testing.assert_array_equal(found[1:, :16], whole[1:, :16])
+    assert (found[0, 8:] == NEVER).all() and (found[:, 16:] == NEVER).all()
+
+
+def test_a_watch_that_ends_nothing_changes_nothing(model: Model, params: Params):
+    generate = make_generate(
+        model.extend, model.empty_cache, eos_token=3, num_new=20, num_samples=4
+    )
+    prompts = *pad_left(PROMPTS, 6, 3), jax.random.key(0)
+    seen: list[np.ndarray] = []
+
+    def watch(tokens: np.ndarray) -> np.ndarray:
+        seen.append(tokens)
+        return np.zeros(len(tokens), bool)
+
+    whole = np.asarray(generate(params, *prompts))
+    np.testing.assert_array_equal(generate(params, *prompts, watch), whole)
+    assert [tokens.shape for tokens in seen] == [(12, 8), (12, 16), (12, 20)]
+    for tokens in seen:
+        np.testing.assert_array_equal(tokens, whole[:, : tokens.shape[1]])
 
 
 def test_a_truncated_sample_takes_only_tokens_that_are_left(
