@@ -4,12 +4,21 @@ A stop string may begin in the midst of a token and end in the midst of another,
 is looked for in the text.
 """
 
+import os.path
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from dpojax.data.tokenize import Tokenizer
 
-# (prompt, completion so far) -> whether the rest of the completion is not needed
-HasStopped = Callable[[Sequence[int], Sequence[int]], bool]
+
+class Settled(NamedTuple):
+    """What a completion begins with, whatever tokens are still to come."""
+
+    text: str
+    is_whole: bool  # a stop string follows, so nothing else belongs to it
+
+
+Settle = Callable[[Sequence[int], Sequence[int]], Settled]  # of prompt and completion
 # By how many tokens a text must have gone on before it stays as it is: a character may
 # be written in four, and some tokenizers tidy "do n't" to "don't".
 UNSETTLED = 4
@@ -37,20 +46,27 @@ def decode_completion(
     return whole[len(before) :] if whole.startswith(before) else text(completion)
 
 
-def make_has_stopped(tokenizer: Tokenizer, stops: Sequence[str]) -> HasStopped:
-    """Builds a function that says when `cut_at` cuts a completion where it ever will.
+def make_settle(tokenizer: Tokenizer, stops: Sequence[str]) -> Settle:
+    """Builds ``settle(prompt, completion)`` for completions that are being generated.
+
+    Whatever follows, `cut_at` gives of the whole completion what begins with the
+    settled text, or is that text where this is whole.
 
     Args:
       tokenizer: of prompt and completion.
-      stops: at least one string.
+      stops: the strings that end a completion.
     """
-    longest = max(map(len, stops))
+    longest = max(map(len, stops), default=1)
 
-    def has_stopped(prompt: Sequence[int], completion: Sequence[int]) -> bool:
-        settled = decode_completion(tokenizer, prompt, completion[:-UNSETTLED])
-        cut = cut_at(settled, stops)
-        if len(cut) + longest > len(settled):  # another may begin before it
-            return False
-        return cut == cut_at(decode_completion(tokenizer, prompt, completion), stops)
+    def settle(prompt: Sequence[int], completion: Sequence[int]) -> Settled:
+        before, now = (
+            decode_completion(tokenizer, prompt, some)
+            for some in (completion[:-UNSETTLED], completion)
+        )
+        text = os.path.commonprefix([before, now])
+        cut = cut_at(text, stops)
+        # A stop string that begins from here on may end beyond the text.
+        undecided = max(0, len(text) - longest + 1)
+        return Settled(cut[:undecided], len(cut) < undecided)
 
-    return has_stopped
+    return settle

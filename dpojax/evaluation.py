@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax import metrics
-from dpojax.completions import HasStopped
+from dpojax.completions import Settle
 from dpojax.data.loader import evaluation_batches
 from dpojax.data.packing import Example, bucket_length
 from dpojax.generate import Watch, make_generate, pad_left, trim
@@ -51,7 +51,7 @@ def make_sampler(
     temperature: float = 1.0,
     truncation: Truncation = EVERY_TOKEN,
     num_samples: int = 1,
-    has_stopped: HasStopped | None = None,
+    settle: Settle | None = None,
 ) -> Sampler:
     """Builds a function that continues any number of prompts, compiled once a length.
 
@@ -63,8 +63,8 @@ def make_sampler(
       temperature: divides the logits; 0 takes the most likely token.
       truncation: tokens that are too unlikely to be drawn.
       num_samples: completions of each prompt, which share its prefill.
-      has_stopped: says of a completion that it needs no more tokens; it keeps those of
-        a few steps more, and EOS. None: only EOS ends one.
+      settle: says of completions whether they are whole; they keep a few tokens more
+        than they need, and get an EOS. None: only EOS ends them.
     """
     generate = make_generate(
         loaded.model.extend,
@@ -88,7 +88,7 @@ def make_sampler(
                 some = prompts[start : start + num_rows]
                 tokens, is_prompt = placement.put(pad_left(some, length, num_rows))
                 key = jax.random.fold_in(jax.random.key(seed), start * num_samples)
-                watch = _make_watch(has_stopped, some, num_samples)
+                watch = _make_watch(settle, some, num_samples)
                 found = generate(params, tokens, is_prompt, key, watch)
                 rows = jax.device_get(found)
                 wanted = rows[: len(some) * num_samples]
@@ -100,19 +100,19 @@ def make_sampler(
 
 
 def _make_watch(
-    has_stopped: HasStopped | None,
+    settle: Settle | None,
     prompts: Sequence[Sequence[int]],
     num_samples: int,
 ) -> Watch | None:
     """Asks of each row; those that only fill a batch are not needed."""
-    if has_stopped is None:
+    if settle is None:
         return None
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
 
     def watch(tokens: np.ndarray) -> np.ndarray:
         stopped = np.ones(len(tokens), bool)
         for row, prompt in enumerate(repeated):
-            stopped[row] = has_stopped(prompt, tokens[row].tolist())
+            stopped[row] = settle(prompt, tokens[row].tolist()).is_whole
         return stopped
 
     return watch

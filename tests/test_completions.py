@@ -12,7 +12,7 @@ from dpojax.completions import (
     UNSETTLED,
     cut_at,
     decode_completion,
-    make_has_stopped,
+    make_settle,
 )
 from dpojax.data.synthetic import make_tokenizer
 from dpojax.data.tokenize import Tokenizer, encode_prompt
@@ -66,51 +66,60 @@ def make_row(tokenizer: Tokenizer, seed: int) -> tuple[list[int], list[int]]:
     [of_bytes(), of_characters(), of_pieces(), make_tokenizer()],
     ids=["bytes", "characters", "pieces", "embedded"],
 )
-def test_a_completion_that_has_stopped_is_cut_where_it_would_be_at_its_end(
+def test_settled_text_is_what_the_whole_completion_begins_with(
     tokenizer: Tokenizer,
 ):
     """Of completions at all lengths; the stop strings are parts of what they say."""
-    saved = 0
+    num_whole = num_settled = 0
     for seed in range(40):
         prompt, completion = make_row(tokenizer, seed)
-        whole = decode_completion(tokenizer, prompt, completion)
+        everything = decode_completion(tokenizer, prompt, completion)
         draw = np.random.default_rng(seed)
-        places = [int(place) for place in draw.integers(0, len(whole), 2)]
-        stops = [whole[p : p + size] for p, size in zip(places, (1, 5), strict=True)]
-        has_stopped = make_has_stopped(tokenizer, stops)
+        places = [int(place) for place in draw.integers(0, len(everything), 2)]
+        sizes = (1, 5) if seed % 3 else (1, 3)
+        stops = [
+            everything[place : place + size]
+            for place, size in zip(places, sizes, strict=True)
+        ]
+        settle = make_settle(tokenizer, stops if seed % 4 else [])
+        expected = cut_at(everything, stops if seed % 4 else [])
         for length in range(len(completion)):
-            some = completion[:length]
-            if has_stopped(prompt, some):
-                saved += 1
-                text = decode_completion(tokenizer, prompt, some)
-                assert cut_at(text, stops) == cut_at(whole, stops)
-    assert saved > 300
+            text, is_whole = settle(prompt, completion[:length])
+            assert text == expected if is_whole else expected.startswith(text)
+            num_whole += is_whole
+            num_settled += len(text) > 5
+    assert num_whole > 200 and num_settled > 500
 
 
-def test_a_completion_has_stopped_soon_after_its_stop_string():
+def test_a_completion_is_whole_soon_after_its_stop_string():
     tokenizer = of_bytes()
-    has_stopped = make_has_stopped(tokenizer, ["stop"])
+    settle = make_settle(tokenizer, ["stop"])
     completion = encode_prompt("now stop! and some more", tokenizer)
-    lengths = [n for n in range(24) if has_stopped([], completion[:n])]
-    assert lengths == list(range(len("now stop") + UNSETTLED, 24))
+    found = [settle([], completion[:n]) for n in range(24)]
+    whole = [n for n in range(24) if found[n].is_whole]
+    assert whole == list(range(len("now stop") + UNSETTLED, 24))
+    assert found[10].text == "now"  # of "now st", where "stop" may begin
+    assert found[-1].text == "now "
 
 
 def test_a_stop_string_that_another_may_still_precede_does_not_count_yet():
     tokenizer = of_bytes()
-    has_stopped = make_has_stopped(tokenizer, ["c", "bcdefghij"])
+    settle = make_settle(tokenizer, ["c", "bcdefghij"])
     completion = encode_prompt("abcdefghijklmnop", tokenizer)
-    assert not has_stopped([], completion[:9])
-    assert cut_at("abcdefghijklmnop", ["c", "bcdefghij"]) == "a"
+    assert settle([], completion[:9]) == ("", False)
+    assert settle([], completion) == ("a", True)
 
 
 def test_what_is_tidied_away_is_no_stop_string():
     """The space before n't is there until the t is."""
     tokenizer = of_characters()
-    has_stopped = make_has_stopped(tokenizer, [" n"])
+    settle = make_settle(tokenizer, [" n"])
     completion = encode_prompt("I do n't know what to say", tokenizer)
     assert decode_completion(tokenizer, [], completion[:6]) == "I do n"
-    found = [has_stopped([], completion[:n]) for n in range(len(completion))]
-    assert not any(found)
+    lengths = range(len(completion) + 1)
+    found = [settle([], completion[:n]) for n in lengths]
+    assert not any(is_whole for _, is_whole in found)
+    assert found[-1].text == "I don't know what t"
 
 
 def test_the_earliest_of_several_stop_strings_counts():

@@ -11,7 +11,7 @@ import pytest
 
 from dpojax.cli import main
 from dpojax.commands import init
-from dpojax.completions import HasStopped, make_has_stopped
+from dpojax.completions import Settle, Settled, make_settle
 from dpojax.config import GenerateConfig, InitConfig
 from dpojax.data.prompt_files import read_prompts
 from dpojax.data.synthetic import make_tokenizer
@@ -85,21 +85,21 @@ def test_a_stop_string_saves_steps(model: Path):
     """Of 200 steps few are taken, and their tokens are the first of those 200."""
     mesh = make_mesh()
     loaded = load_model(str(model), mesh, compute_dtype=None)
-    has_stopped = make_has_stopped(loaded.tokenizer, [" "])
+    settle = make_settle(loaded.tokenizer, [" "])
     lengths: list[int] = []
 
-    def counting(prompt: Sequence[int], completion: Sequence[int]) -> bool:
+    def counting(prompt: Sequence[int], completion: Sequence[int]) -> Settled:
         lengths.append(len(completion))
-        return has_stopped(prompt, completion)
+        return settle(prompt, completion)
 
-    def sample(stop: HasStopped | None) -> list[list[int]]:
+    def sample(settle: Settle | None) -> list[list[int]]:
         sampler = make_sampler(
             loaded,
             num_new=200,
             batch_size=4,
             placement=make_placement(mesh),
             num_samples=2,
-            has_stopped=stop,
+            settle=settle,
         )
         return sampler(loaded.params, [[5], [6, 7]], 0)
 
@@ -251,3 +251,12 @@ def test_a_top_k_of_the_whole_vocabulary_is_refused_once_it_is_known(
 ):
     with pytest.raises(ValueError, match=r"top_k is 9999, but the vocabulary has \d+"):
         generate(replace(config, top_k=9999))
+
+
+def test_more_tokens_than_positions_are_refused_by_the_flag_that_mends_it(
+    config: GenerateConfig,
+):
+    with pytest.raises(
+        ValueError, match=r"exceed the 2048 positions .*; lower --max-new-tokens, or"
+    ):
+        generate(replace(config, max_new_tokens=2046))
