@@ -49,6 +49,7 @@ def _dispatch(arguments: list[str]) -> None:
     config = tyro.cli(commands, prog="dpojax", description=__doc__, args=arguments)
     # Imported here so that --help and a misspelt flag answer at once.
     from dpojax import commands as command
+    from dpojax.chat import chat
     from dpojax.exporting import export
     from dpojax.run import run
     from dpojax.sampling import generate
@@ -68,6 +69,8 @@ def _dispatch(arguments: list[str]) -> None:
             score(config)
         case InitConfig():
             command.init(config)
+        case GenerateConfig(chat=True):
+            chat(config)
         case GenerateConfig():
             generate(config)
         case ExportConfig():

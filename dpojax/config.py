@@ -305,7 +305,7 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Continue prompts."""
+    """Continue prompts, or chat."""
 
     model: str
     """Model directory or hub name."""
@@ -315,6 +315,10 @@ class GenerateConfig:
     """Instead: JSON Lines with a prompt each, text or messages; or lines of text."""
     output: str | None = None
     """JSON Lines file to write, new: prompt and completions. Default: print them."""
+    chat: bool = False
+    """Instead: talk with the model, a line at a time, until Ctrl-D."""
+    system: str | None = None
+    """With --chat: the message that the conversation begins with."""
     num_samples: int = 1
     """Completions of each prompt."""
     max_new_tokens: int = 128

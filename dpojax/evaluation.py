@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax import metrics
+from dpojax.completions import Settle
 from dpojax.data.loader import evaluation_batches
 from dpojax.data.packing import Example, bucket_length
-from dpojax.generate import make_generate, pad_left, trim
+from dpojax.generate import Watch, make_generate, pad_left, trim
 from dpojax.loading import Loaded
 from dpojax.progress import track
 from dpojax.sharding import Placement
@@ -50,6 +51,7 @@ def make_sampler(
     temperature: float = 1.0,
     truncation: Truncation = EVERY_TOKEN,
     num_samples: int = 1,
+    settle: Settle | None = None,
 ) -> Sampler:
     """Builds a function that continues any number of prompts, compiled once a length.
 
@@ -61,6 +63,8 @@ def make_sampler(
       temperature: divides the logits; 0 takes the most likely token.
       truncation: tokens that are too unlikely to be drawn.
       num_samples: completions of each prompt, which share its prefill.
+      settle: says of completions whether they are whole; they keep a few tokens more
+        than they need, and get an EOS. None: only EOS ends them.
     """
     generate = make_generate(
         loaded.model.extend,
@@ -84,13 +88,34 @@ def make_sampler(
                 some = prompts[start : start + num_rows]
                 tokens, is_prompt = placement.put(pad_left(some, length, num_rows))
                 key = jax.random.fold_in(jax.random.key(seed), start * num_samples)
-                rows = jax.device_get(generate(params, tokens, is_prompt, key))
+                watch = _make_watch(settle, some, num_samples)
+                found = generate(params, tokens, is_prompt, key, watch)
+                rows = jax.device_get(found)
                 wanted = rows[: len(some) * num_samples]
                 completions += [trim(row, loaded.eos_token) for row in wanted]
                 advance("")
         return completions
 
     return sample
+
+
+def _make_watch(
+    settle: Settle | None,
+    prompts: Sequence[Sequence[int]],
+    num_samples: int,
+) -> Watch | None:
+    """Asks of each row; those that only fill a batch are not needed."""
+    if settle is None:
+        return None
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+
+    def watch(tokens: np.ndarray) -> np.ndarray:
+        stopped = np.ones(len(tokens), bool)
+        for row, prompt in enumerate(repeated):
+            stopped[row] = settle(prompt, tokens[row].tolist()).is_whole
+        return stopped
+
+    return watch
 
 
 def sample_metrics(

@@ -2,7 +2,9 @@
 
 Prompts of different lengths are padded on the left, so that all rows of a batch write
 the same place of the cache at each step. Several samples of a prompt share its prefill:
-the prompt is computed once, and its rows of the cache are repeated.
+the prompt is computed once, and its rows of the cache are repeated. Steps run in one
+compiled loop; where someone watches, it pauses every few steps, its state kept on the
+devices, and goes on with the rows that have not come to their end.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +17,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.log_probs import logits_of
-from dpojax.truncation import EVERY_TOKEN, Truncation, make_choose
+from dpojax.truncation import EVERY_TOKEN, Choose, Truncation, make_choose
 
 Params = Any
-# (params, prompts, is_prompt, key) -> tokens [rows x samples, new], samples of a prompt
-# side by side, the end filled with EOS
-Generate = Callable[[Params, ArrayLike, ArrayLike, Array], Array]
+# (params, tokens, position, example, cache, offset) -> hidden states, output, cache
+Extend = Callable[..., tuple[Array, Any, Any]]
+# Tokens so far [rows x samples, steps] to the rows that need no more of them.
+Watch = Callable[[Int[np.ndarray, "rows steps"]], Bool[np.ndarray, " rows"]]
+WATCH_EVERY = 8  # steps
+# (params, prompts, is_prompt, key, watch=None) -> tokens [rows x samples, new], samples
+# of a prompt side by side, EOS after a row's end
+Generate = Callable[..., Array]
 
 
 class _Progress(NamedTuple):
@@ -28,6 +35,7 @@ class _Progress(NamedTuple):
     tokens: Int[Array, "rows new"]
     ended: Bool[Array, " rows"]
     logits: Float[Array, "rows vocabulary"]
+    example: Int[Array, "rows keys"]
     cache: Any
 
 
@@ -55,7 +63,7 @@ def pad_left(
 
 
 def make_generate(
-    extend: Callable[..., tuple[Array, Any, Any]],
+    extend: Extend,
     empty_cache: Callable[[int, int], Any],
     *,
     eos_token: int,
@@ -78,7 +86,9 @@ def make_generate(
 
     Returns:
       A function of parameters, prompts padded on the left ``[rows, length]``, their
-      mask likewise, and a random key; it stops once every row has ended.
+      mask likewise, and a random key; it stops once every row has ended. If it is given
+      a watch too, that is asked every `WATCH_EVERY` steps which rows are to end; the
+      others stay as they are.
 
     Raises:
       ValueError: for a temperature or truncation that cannot be; if `num_new` or
@@ -86,48 +96,108 @@ def make_generate(
     """
     choose = make_choose(temperature, truncation)
     _check(num_new, num_samples, temperature)
+    prefill = _make_prefill(extend, empty_cache, eos_token, num_new, num_samples)
+    decode = _make_decode(extend, choose, eos_token, num_new)
 
-    def generate(params: Params, prompts: Array, is_prompt: Array, key: Array) -> Array:
+    def generate(
+        params: Params,
+        prompts: ArrayLike,
+        is_prompt: ArrayLike,
+        key: Array,
+        watch: Watch | None = None,
+    ) -> Array:
+        progress = prefill(params, prompts, is_prompt)
+        stopped = np.zeros(progress.ended.shape, bool)
+        if watch is None:
+            return decode(params, progress, key, num_new, stopped).tokens
+        for start in range(0, num_new, WATCH_EVERY):
+            until = min(start + WATCH_EVERY, num_new)
+            progress = decode(params, progress, key, until, stopped)
+            tokens, ended = jax.device_get((progress.tokens, progress.ended))
+            stopped = watch(tokens[:, :until])
+            if np.all(ended | stopped):
+                break
+        return progress.tokens
+
+    return generate
+
+
+def _make_prefill(
+    extend: Extend,
+    empty_cache: Callable[[int, int], Any],
+    eos_token: int,
+    num_new: int,
+    num_samples: int,
+) -> Callable[..., _Progress]:
+    """Builds ``prefill(params, prompts, is_prompt) -> progress`` at step 0."""
+
+    def prefill(params: Params, prompts: Array, is_prompt: Array) -> _Progress:
         num_prompts, length = prompts.shape
-        num_rows = num_prompts * num_samples
         new = jnp.ones((num_prompts, num_new), bool)
         example = jnp.concatenate([is_prompt, new], axis=1).astype(jnp.int32)
-
-        def advance(
-            tokens: Array, example: Array, cache: Any, offset: Array | int
-        ) -> tuple:
-            index = offset + jnp.arange(tokens.shape[1])
-            padding = jnp.sum(example == 0, axis=1, keepdims=True)
-            position = jnp.maximum(index - padding, 0)
-            hidden, output, cache = extend(
-                params, tokens, position, example, cache, offset
-            )
-            logits = logits_of(hidden[:, -1], output)
-            return logits, cache
-
-        def unfinished(progress: _Progress) -> Array:
-            return (progress.step < num_new) & ~jnp.all(progress.ended)
-
-        def step(progress: _Progress) -> _Progress:
-            chosen = choose(progress.logits, jax.random.fold_in(key, progress.step))
-            chosen = jnp.where(progress.ended, eos_token, chosen).astype(jnp.int32)
-            tokens = progress.tokens.at[:, progress.step].set(chosen)
-            ended = progress.ended | (chosen == eos_token)
-            offset = length + progress.step
-            tokens_now = chosen[:, None]
-            logits, cache = advance(tokens_now, of_rows, progress.cache, offset)
-            return _Progress(progress.step + 1, tokens, ended, logits, cache)
-
         cache = empty_cache(num_prompts, length + num_new)
-        logits, cache = advance(prompts, example, cache, 0)
-        logits, of_rows = (_repeat(part, num_samples, 0) for part in (logits, example))
+        logits, cache = _advance(extend, params, prompts, example, cache, 0)
+        logits, example = (_repeat(part, num_samples, 0) for part in (logits, example))
         cache = jax.tree.map(lambda part: _repeat(part, num_samples, 1), cache)
+        num_rows = num_prompts * num_samples
         tokens = jnp.full((num_rows, num_new), eos_token, jnp.int32)
-        ended = jnp.zeros(num_rows, bool)
-        start = _Progress(jnp.zeros((), jnp.int32), tokens, ended, logits, cache)
-        return jax.lax.while_loop(unfinished, step, start).tokens
+        ended, step = jnp.zeros(num_rows, bool), jnp.zeros((), jnp.int32)
+        return _Progress(step, tokens, ended, logits, example, cache)
 
-    return jax.jit(generate)
+    return jax.jit(prefill)
+
+
+def _make_decode(
+    extend: Extend, choose: Choose, eos_token: int, num_new: int
+) -> Callable[..., _Progress]:
+    """Builds ``decode(params, progress, key, until, stopped) -> progress``.
+
+    It goes on until that step, without the rows that have stopped, and takes over the
+    progress that it is given.
+    """
+
+    def decode(
+        params: Params,
+        progress: _Progress,
+        key: Array,
+        until: Int[Array, ""],
+        stopped: Bool[Array, " rows"],
+    ) -> _Progress:
+        example = progress.example
+        length = example.shape[1] - num_new
+
+        def unfinished(now: _Progress) -> Array:
+            return (now.step < until) & ~jnp.all(now.ended)
+
+        def take_step(now: _Progress) -> _Progress:
+            chosen = choose(now.logits, jax.random.fold_in(key, now.step))
+            chosen = jnp.where(now.ended, eos_token, chosen).astype(jnp.int32)
+            tokens = now.tokens.at[:, now.step].set(chosen)
+            ended = now.ended | (chosen == eos_token)
+            new, offset = chosen[:, None], length + now.step
+            logits, cache = _advance(extend, params, new, example, now.cache, offset)
+            return _Progress(now.step + 1, tokens, ended, logits, example, cache)
+
+        start = progress._replace(ended=progress.ended | stopped)
+        return jax.lax.while_loop(unfinished, take_step, start)
+
+    return jax.jit(decode, donate_argnums=1)
+
+
+def _advance(
+    extend: Extend,
+    params: Params,
+    tokens: Array,
+    example: Array,
+    cache: Any,
+    offset: Array | int,
+) -> tuple[Array, Any]:
+    """The logits after new tokens, and the cache with these."""
+    index = offset + jnp.arange(tokens.shape[1])
+    padding = jnp.sum(example == 0, axis=1, keepdims=True)
+    position = jnp.maximum(index - padding, 0)
+    hidden, output, cache = extend(params, tokens, position, example, cache, offset)
+    return logits_of(hidden[:, -1], output), cache
 
 
 def _check(num_new: int, num_samples: int, temperature: float) -> None:

@@ -175,13 +175,21 @@ def load_reference(name: str, like: Loaded, mesh: Mesh) -> Params:
     return graft(base, place_adapters(directory, like.model, settings, mesh))
 
 
-def check_positions(loaded: Loaded, length: int) -> None:
-    """Refuses sequences longer than the model is meant for."""
+def check_positions(
+    loaded: Loaded, length: int, remedy: str = "lower --max-length"
+) -> None:
+    """Refuses sequences longer than the model is meant for.
+
+    Args:
+      loaded: the model.
+      length: tokens of the longest sequence.
+      remedy: what makes sequences shorter.
+    """
     most = loaded.model.config.max_length
     if length > most:
         raise ValueError(
             f"Sequences of {length} tokens exceed the {most} positions of the model "
-            "(max_position_embeddings); allow fewer, for example by --max-length."
+            f"(max_position_embeddings); {remedy}."
         )
 
 

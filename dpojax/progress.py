@@ -43,6 +43,11 @@ def say(text: str) -> None:
     CONSOLE.print(escape(text), soft_wrap=True)
 
 
+def say_part(text: str) -> None:
+    """Text as it is, the line left open."""
+    CONSOLE.out(text, end="", highlight=False)
+
+
 def show_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:

@@ -1,7 +1,6 @@
 """The generate command: prompts continued, printed or written as JSON Lines.
 
-Stop strings are looked for in the text, after decoding: a string may begin in the midst
-of a token. This file knows no cache and no logits.
+This file knows no cache and no logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,10 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpojax.completions import cut_at, decode_completion, make_settle
 from dpojax.config import GenerateConfig
 from dpojax.data.fields import Text
 from dpojax.data.prompt_files import read_prompts
-from dpojax.data.tokenize import Tokenizer, encode_prompt
+from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import Sampler, make_sampler
 from dpojax.loading import Loaded, check_positions, load_model
 from dpojax.progress import say
@@ -44,15 +44,18 @@ def generate(config: GenerateConfig) -> list[Continued]:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     ids = [encode_prompt(prompt, loaded.tokenizer) for prompt in prompts]
-    check_positions(loaded, max(map(len, ids)) + config.max_new_tokens)
+    remedy = "lower --max-new-tokens, or give shorter prompts"
+    check_positions(loaded, max(map(len, ids)) + config.max_new_tokens, remedy)
+    settle = make_settle(loaded.tokenizer, config.stop) if config.stop else None
     sampler = make_sampler(
         loaded,
         num_new=config.max_new_tokens,
         batch_size=min(config.batch_size, len(ids)),
         placement=make_placement(mesh),
         temperature=config.temperature,
-        truncation=_truncation(config),
+        truncation=as_truncation(config),
         num_samples=config.num_samples,
+        settle=settle,
     )
     texts = iter(_complete(loaded, sampler, ids, config))
     continued = [
@@ -66,26 +69,30 @@ def generate(config: GenerateConfig) -> list[Continued]:
     return continued
 
 
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """What stands before the earliest of the strings; all of it if there is none."""
-    places = [text.find(stop) for stop in stops]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
+def check_sampling(config: GenerateConfig) -> None:
+    """Refuses numbers and stop strings that cannot work or take effect.
 
-
-def decode_completion(
-    tokenizer: Tokenizer, prompt: Sequence[int], completion: Sequence[int]
-) -> str:
-    """What a completion adds to the text of its prompt.
-
-    Decoded together with it: some tokenizers drop the space at the start of a text.
+    Raises:
+      ValueError: naming the first of them.
     """
+    for name in ("max_new_tokens", "num_samples", "batch_size"):
+        if vars(config)[name] < 1:
+            raise ValueError(f"{name} is {vars(config)[name]}; it must be positive.")
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}; it must not be negative.")
+    if "" in config.stop:
+        raise ValueError("A stop string is empty; it would end every completion.")
+    if config.num_samples > 1 and config.temperature == 0:
+        raise ValueError(
+            f"At temperature 0 all {config.num_samples} samples of a prompt are the "
+            "same; ask for one, or give a temperature."
+        )
+    make_choose(config.temperature, as_truncation(config))  # refuses what it cannot do
 
-    def text(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    before, whole = text(prompt), text([*prompt, *completion])
-    # A tokenizer that tidies spaces may change the prompt's end.
-    return whole[len(before) :] if whole.startswith(before) else text(completion)
+def as_truncation(config: GenerateConfig) -> Truncation:
+    """Which unlikely tokens the settings leave out."""
+    return Truncation(top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
 
 
 def _complete(
@@ -103,25 +110,15 @@ def _complete(
 def _check(config: GenerateConfig) -> None:
     if bool(config.prompt) == (config.prompts_file is not None):
         raise ValueError(
-            "Give the prompts to continue either by --prompt or by --prompts-file."
+            "Give the prompts to continue either by --prompt or by --prompts-file; or "
+            "talk with the model by --chat."
         )
-    for name in ("max_new_tokens", "num_samples", "batch_size"):
-        if vars(config)[name] < 1:
-            raise ValueError(f"{name} is {vars(config)[name]}; it must be positive.")
-    if config.seed < 0:
-        raise ValueError(f"seed is {config.seed}; it must not be negative.")
-    if "" in config.stop:
-        raise ValueError("A stop string is empty; it would end every completion.")
-    if config.num_samples > 1 and config.temperature == 0:
+    if config.system is not None:
         raise ValueError(
-            f"At temperature 0 all {config.num_samples} samples of a prompt are the "
-            "same; ask for one, or give a temperature."
+            "--system has no effect without --chat; in a --prompts-file, put the "
+            "system message first of a prompt's messages."
         )
-    make_choose(config.temperature, _truncation(config))  # refuses what it cannot do
-
-
-def _truncation(config: GenerateConfig) -> Truncation:
-    return Truncation(top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+    check_sampling(config)
 
 
 def _prompts(config: GenerateConfig) -> list[Text]:

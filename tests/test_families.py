@@ -374,7 +374,11 @@ def test_experts_are_counted_by_their_old_and_their_new_name():
         (QWEN3_MOE, {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]; dpojax supp"),
         (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 and mlp_onl"),
         (QWEN3_MOE, {"num_experts_per_tok": 5}, "each token to 5 of 4 experts"),
-        (MIXTRAL, {"num_experts_per_tok": 0}, "num_experts_per_tok = 0; it must be a positive"),
+        (
+            MIXTRAL,
+            {"num_experts_per_tok": 0},
+            "num_experts_per_tok = 0; it must be a positive",
+        ),
         (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1; dpojax"),
         (LLAMA, {"num_local_experts": 4}, r"'num_local_experts' \(4\), which dpojax"),
     ],

@@ -1,5 +1,6 @@
 """Sampling with a cache against full forward passes, transformers and probabilities."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from jax.sharding import SingleDeviceSharding
 
 from dpojax import log_probs
 from dpojax.batch import Batch
-from dpojax.generate import Generate, make_generate, pad_left, trim
+from dpojax.generate import WATCH_EVERY, Generate, make_generate, pad_left, trim
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_params, read_settings
-from dpojax.sharding import make_mesh, make_placement
+from dpojax.sharding import as_shardings, make_mesh, make_placement
 from dpojax.truncation import Truncation
 
 CONFIG = DecoderConfig(
@@ -159,44 +160,53 @@ def test_a_prompt_longer_than_the_padding_is_refused():
         pad_left([[7], [7, 8, 9]], 2, 2)
 
 
-@pytest.fixture(scope="module")
-def sampled(model: Model, params: Params) -> list[np.ndarray]:
-    """Two tokens of 8000 equal rows at temperature 0.7, with seeds 2, 2 and 3."""
+def sample_two(
+    model: Model, params: Params, temperature: float, num_samples: int = 1
+) -> Callable[[int], np.ndarray]:
+    """A function of the seed to two tokens of each of 32,000 samples of a prompt."""
     generate = make_generate(
-        model.extend, model.empty_cache, eos_token=NEVER, num_new=2, temperature=0.7
+        model.extend,
+        model.empty_cache,
+        eos_token=NEVER,
+        num_new=2,
+        temperature=temperature,
+        num_samples=num_samples,
     )
-    prompts = pad_left([PROMPTS[2]], 3, 8000)
-    return [
-        np.asarray(generate(params, *prompts, jax.random.key(seed)))
-        for seed in (2, 2, 3)
-    ]
+    prompts = pad_left([PROMPTS[2]], 3, 32_000 // num_samples)
+    return lambda seed: np.asarray(generate(params, *prompts, jax.random.key(seed)))
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_others(
-    sampled: list[np.ndarray],
+    model: Model, params: Params
 ):
-    first, again, other = sampled
+    sample = sample_two(model, params, 0.7)
+    first, again, other = (sample(seed) for seed in (2, 2, 3))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any(axis=0).all()
 
 
+@pytest.mark.parametrize(
+    ("temperature", "num_samples"),
+    [(0.7, 1), (1.0, 1), (1.0, 32_000)],
+    ids=["temperature 0.7", "temperature 1", "samples that share a prefill"],
+)
 def test_tokens_are_drawn_with_their_softmax_probabilities(
-    sampled: list[np.ndarray], logits_of
+    model: Model, params: Params, logits_of, temperature: float, num_samples: int
 ):
-    """Pearson's statistic has mean 23 and variance 46: below 23 + 4 * 6.8 = 50."""
+    """Pearson's statistic of 24 tokens exceeds 59.2 once in twenty thousand times."""
 
     def statistic(tokens: np.ndarray, prompt: list[int]) -> float:
-        logits = logits_of(prompt).astype(np.float64) / 0.7
+        logits = logits_of(prompt).astype(np.float64) / temperature
         probability = np.exp(logits - logits.max())
         expected = len(tokens) * probability / probability.sum()
         assert expected.max() < 0.9 * len(tokens)
         counts = np.bincount(tokens, minlength=24)
         return float(((counts - expected) ** 2 / expected).sum())
 
-    first, second = sampled[0].T
-    assert statistic(first, PROMPTS[2]) < 50
+    first, second = sample_two(model, params, temperature, num_samples)(2).T
+    assert statistic(first, PROMPTS[2]) < 59.2
     most = int(np.bincount(first).argmax())
-    assert statistic(second[first == most], [*PROMPTS[2], most]) < 50
+    assert statistic(second[first == most], [*PROMPTS[2], most]) < 59.2
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +234,13 @@ def test_samples_that_share_a_prefill_are_those_of_repeated_prompts(
     assert len({tuple(row) for row in several.tolist()}) == 12
 
 
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (1, 2, 2)])
 def test_samples_are_the_same_on_four_devices(
-    model: Model, params: Params, several: np.ndarray
+    model: Model, params: Params, sizes: tuple[int, int, int]
 ):
-    placement = make_placement(make_mesh())
+    """Rows over the devices and, in the last two, the parameters as well."""
+    mesh = make_mesh(*sizes)
+    placement = make_placement(mesh)
     generate = make_generate(
         model.extend,
         model.empty_cache,
@@ -236,11 +249,71 @@ def test_samples_are_the_same_on_four_devices(
         temperature=0.9,
         num_samples=4,
     )
-    tokens, is_prompt = placement.put(pad_left(PROMPTS, 6, 4))
-    found = np.asarray(generate(params, tokens, is_prompt, jax.random.key(4)))
-    assert placement.num_shards == 4 and found.shape == (16, NUM_NEW)
-    again = np.asarray(generate(params, *pad_left(PROMPTS, 6, 4), jax.random.key(4)))
-    np.testing.assert_array_equal(found, again)
+    prompts = pad_left(PROMPTS, 6, 4)
+    sharded = jax.device_put(params, as_shardings(params, mesh))
+    found = generate(sharded, *placement.put(prompts), jax.random.key(4))
+    assert len(found.sharding.device_set) == 4 and found.shape == (16, NUM_NEW)
+    alone = generate(params, *prompts, jax.random.key(4))
+    np.testing.assert_array_equal(found, alone)
+
+
+class Steps:
+    """A model's function that counts how often it runs."""
+
+    def __init__(self, extend: Callable[..., Any]):
+        self.count = 0
+        self.extend = extend
+
+    def __call__(self, *args: Any) -> Any:
+        jax.debug.callback(self._increase)
+        return self.extend(*args)
+
+    def _increase(self) -> None:
+        self.count += 1
+
+
+def test_rows_that_a_watch_ends_save_steps_and_leave_the_others_as_they_are(
+    model: Model, params: Params
+):
+    """Seen at 8, 16, ... tokens; the first row ends at 8, the last at 16."""
+    steps = Steps(model.extend)
+    generate = make_generate(steps, model.empty_cache, eos_token=NEVER, num_new=44)
+    prompts = *pad_left(PROMPTS, 6, 3), jax.random.key(0)
+    whole = np.asarray(generate(params, *prompts))
+    jax.effects_barrier()
+    assert steps.count == 1 + 44
+    seen: list[int] = []
+
+    def watch(tokens: np.ndarray) -> np.ndarray:
+        seen.append(tokens.shape[1])
+        return seen[-1] >= np.array([8, 16, 16])
+
+    steps.count = 0
+    found = np.asarray(generate(params, *prompts, watch))
+    jax.effects_barrier()
+    assert WATCH_EVERY == 8 and seen == [8, 16]
+    assert steps.count == 1 + 16
+    np.testing.assert_array_equal(found[0, :8], whole[0, :8])
+    np.testing.assert_array_equal(found[1:, :16], whole[1:, :16])
+    assert (found[0, 8:] == NEVER).all() and (found[:, 16:] == NEVER).all()
+
+
+def test_a_watch_that_ends_nothing_changes_nothing(model: Model, params: Params):
+    generate = make_generate(
+        model.extend, model.empty_cache, eos_token=3, num_new=20, num_samples=4
+    )
+    prompts = *pad_left(PROMPTS, 6, 3), jax.random.key(0)
+    seen: list[np.ndarray] = []
+
+    def watch(tokens: np.ndarray) -> np.ndarray:
+        seen.append(tokens)
+        return np.zeros(len(tokens), bool)
+
+    whole = np.asarray(generate(params, *prompts))
+    np.testing.assert_array_equal(generate(params, *prompts, watch), whole)
+    assert [tokens.shape for tokens in seen] == [(12, 8), (12, 16), (12, 20)]
+    for tokens in seen:
+        np.testing.assert_array_equal(tokens, whole[:, : tokens.shape[1]])
 
 
 def test_a_truncated_sample_takes_only_tokens_that_are_left(

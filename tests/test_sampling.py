@@ -1,7 +1,7 @@
 """The generate command: whole runs on a tiny model, and what it refuses."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ import pytest
 
 from dpojax.cli import main
 from dpojax.commands import init
+from dpojax.completions import Settle, Settled, make_settle
 from dpojax.config import GenerateConfig, InitConfig
 from dpojax.data.prompt_files import read_prompts
 from dpojax.data.synthetic import make_tokenizer
-from dpojax.data.tokenize import encode_prompt
-from dpojax.sampling import cut_at, decode_completion, generate
+from dpojax.evaluation import make_sampler
+from dpojax.generate import trim
+from dpojax.loading import load_model
+from dpojax.sampling import generate
+from dpojax.sharding import make_mesh, make_placement
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} said {{ m.content }} . {% endfor %}"
@@ -68,6 +72,7 @@ def test_the_seed_decides_the_samples(config: GenerateConfig):
 
 
 def test_a_stop_string_ends_a_completion_before_it(config: GenerateConfig):
+    config = replace(config, max_new_tokens=40)
     whole = generate(config)
     stop = whole[0].completions[0][3:6]
     stopped = generate(replace(config, stop=(stop, "never said")))
@@ -76,11 +81,34 @@ def test_a_stop_string_ends_a_completion_before_it(config: GenerateConfig):
     assert stopped != whole
 
 
-def test_the_earliest_of_several_stop_strings_counts():
-    assert cut_at("one two three", ("three", "two")) == "one "
-    assert cut_at("one two three", ("two three", "e")) == "on"
-    assert cut_at("one", ("four",)) == "one" == cut_at("one", ())
-    assert cut_at("one", ("one",)) == ""
+def test_a_stop_string_saves_steps(model: Path):
+    """Of 200 steps few are taken, and their tokens are the first of those 200."""
+    mesh = make_mesh()
+    loaded = load_model(str(model), mesh, compute_dtype=None)
+    settle = make_settle(loaded.tokenizer, [" "])
+    lengths: list[int] = []
+
+    def counting(prompt: Sequence[int], completion: Sequence[int]) -> Settled:
+        lengths.append(len(completion))
+        return settle(prompt, completion)
+
+    def sample(settle: Settle | None) -> list[list[int]]:
+        sampler = make_sampler(
+            loaded,
+            num_new=200,
+            batch_size=4,
+            placement=make_placement(mesh),
+            num_samples=2,
+            settle=settle,
+        )
+        return sampler(loaded.params, [[5], [6, 7]], 0)
+
+    whole, stopped = sample(None), sample(counting)
+    assert max(lengths) <= 40
+    for one, other in zip(whole, stopped, strict=True):
+        said = trim(other, loaded.eos_token)
+        said = said[:-1] if said[-1] == loaded.eos_token else said
+        assert said == one[: len(said)] and " " in loaded.tokenizer.decode(said)
 
 
 def test_what_is_printed_is_each_prompt_with_its_completion(
@@ -91,15 +119,6 @@ def test_what_is_printed_is_each_prompt_with_its_completion(
     for prompt, completions in continued:
         assert isinstance(prompt, str) and len(completions) == 2
         assert all(prompt + text in printed for text in completions)
-
-
-def test_a_completion_is_what_it_adds_to_the_text_of_its_prompt():
-    tokenizer = make_tokenizer()
-    prompt, whole = "I saw this film", "I saw this film and it was good."
-    ids, all_ids = (encode_prompt(text, tokenizer) for text in (prompt, whole))
-    assert all_ids[: len(ids)] == ids
-    added = decode_completion(tokenizer, ids, all_ids[len(ids) :])
-    assert prompt + added == whole
 
 
 def test_truncation_reaches_the_samples(config: GenerateConfig):
@@ -232,3 +251,12 @@ def test_a_top_k_of_the_whole_vocabulary_is_refused_once_it_is_known(
 ):
     with pytest.raises(ValueError, match=r"top_k is 9999, but the vocabulary has \d+"):
         generate(replace(config, top_k=9999))
+
+
+def test_more_tokens_than_positions_are_refused_by_the_flag_that_mends_it(
+    config: GenerateConfig,
+):
+    with pytest.raises(
+        ValueError, match=r"exceed the 2048 positions .*; lower --max-new-tokens, or"
+    ):
+        generate(replace(config, max_new_tokens=2046))

@@ -1,5 +1,7 @@
 """Temperature, top-k, top-p and min-p: by hand, and against transformers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,10 +84,60 @@ def test_the_masks_are_those_of_transformers(
             expected = classes[name](value)(ids, expected)
     found = truncate(jnp.asarray(logits) / temperature, truncation)
     np.testing.assert_allclose(found[:32], expected[:32].numpy(), rtol=1e-6)
-    # Which of equally likely tokens top-p keeps, torch leaves to its sort.
-    tied = np.sort(found[32:]), np.sort(expected[32:].numpy())
+    tied = np.asarray(found[32:]), expected[32:].numpy()
+    if truncation.top_p is not None:
+        # Which of equally likely tokens top-p keeps, torch leaves to its sort.
+        tied = np.sort(tied[0]), np.sort(tied[1])
     np.testing.assert_allclose(*tied, rtol=1e-6)
     assert np.isinf(found).any()
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.4])
+@pytest.mark.parametrize(
+    "truncation",
+    [
+        Truncation(top_k=30, top_p=0.8),
+        Truncation(top_p=0.7, min_p=0.3),
+        Truncation(top_k=20, top_p=0.9, min_p=0.15),
+    ],
+)
+def test_the_rules_follow_each_other_as_in_transformers_own_sampling(
+    temperature: float, truncation: Truncation
+):
+    """A Llama's raw logits, and the scores that its `generate` draws from."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.7,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    theirs: Any = LlamaForCausalLM(config).eval()
+    drawn = theirs.generate(
+        torch.arange(1, 65)[:, None],
+        attention_mask=torch.ones((64, 1), dtype=torch.long),
+        do_sample=True,
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        temperature=temperature,
+        # Where nothing is given, transformers would keep its 50 most likely.
+        **{"top_k": 0} | {k: v for k, v in vars(truncation).items() if v is not None},
+    )
+    logits = jnp.asarray(drawn.logits[0].numpy())
+    found = truncate(logits / temperature, truncation)
+    np.testing.assert_allclose(found, drawn.scores[0].numpy(), rtol=1e-5)
+    num_left = np.isfinite(found).sum(axis=1)
+    assert num_left.min() < num_left.max() < 97
 
 
 def test_tokens_are_drawn_as_often_as_the_truncated_softmax_says():
