@@ -56,4 +56,4 @@ def load_balancing_loss(routing: Routing) -> Float[Array, ""]:
     """
     count = routing.count + (routing.count == 0)  # of no token, the loss is 0
     frequency, probability = routing.assigned / count, routing.probability / count
-    return routing.assigned.shape[-1] * (frequency * probability).sum()
+    return routing.assigned.shape[-1] * jnp.sum(frequency * probability)
