@@ -1,5 +1,6 @@
 """The `dpojax` command: parsing and calls, nothing else."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ _PACKAGE = str(Path(__file__).parent)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 2 for what the user can mend, with one sentence."""
+    # Before transformers is imported: it would say that it misses PyTorch, which dpojax
+    # does not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, FloatingPointError, OSError) as error:
