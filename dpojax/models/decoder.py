@@ -23,14 +23,18 @@ from dpojax.models.attention import Window, attention
 from dpojax.models.block import Block, Hidden, make_norm
 from dpojax.models.experts import ByShard, alone
 from dpojax.models.functional import Params, as_function, by_structure
+from dpojax.models.layers import (
+    Layer,
+    depends_on_length,
+    longest_sequences,
+    make_rotations,
+    stack_layers,
+)
 from dpojax.models.linear import Options
 from dpojax.models.lora import LoraShape, split_adapters
 from dpojax.models.quantized import Quantization
-from dpojax.models.rotary import make_rotation, rotary_tables
-from dpojax.models.shape import DecoderConfig, layer_ropes, layer_windows
+from dpojax.models.shape import DecoderConfig
 from dpojax.routing import Routing, count_choices
-
-NO_WINDOW = 2**30  # further than any position, so that it hides nothing
 
 
 class Cache(NamedTuple):
@@ -159,7 +163,7 @@ class Decoder(nnx.Module):
         tokens, position = jnp.asarray(batch.tokens), jnp.asarray(batch.position)
 
         def attend(
-            query: Array, key: Array, value: Array, cache: None, layer: _Layer
+            query: Array, key: Array, value: Array, cache: None, layer: Layer
         ) -> tuple[Array, None]:
             window = layer.window_over(position)
             attended = self._attention(
@@ -168,9 +172,9 @@ class Decoder(nnx.Module):
             return attended, cache
 
         longest = None
-        if _depends_on_length(self.config):
+        if depends_on_length(self.config):
             num_examples = batch.completion_length.shape[1]
-            longest = _longest_sequence(example, position, num_examples)
+            longest = longest_sequences(example, position, num_examples)
         hidden, _, routing = self._blocks(
             tokens, position, attend, None, longest, example > 0
         )
@@ -198,7 +202,7 @@ class Decoder(nnx.Module):
         key_position = jnp.cumsum(example > 0, axis=1) - 1
 
         def attend(
-            query: Array, key: Array, value: Array, cache: Cache, layer: _Layer
+            query: Array, key: Array, value: Array, cache: Cache, layer: Layer
         ) -> tuple[Array, Cache]:
             # All layers' caches are carried and written in place: as inputs and outputs
             # of the scan they would be copied whole for every token.
@@ -215,7 +219,7 @@ class Decoder(nnx.Module):
             return attended, cache
 
         longest = None
-        if _depends_on_length(self.config):
+        if depends_on_length(self.config):
             total = jnp.sum(example > 0, axis=1, keepdims=True)
             longest = jnp.broadcast_to(total, position.shape)
         hidden, cache, _ = self._blocks(tokens, position, attend, cache, longest)
@@ -259,7 +263,7 @@ class Decoder(nnx.Module):
         config, dtype = self.config, self.options.compute_dtype
         constrain = self.options.constrain
         hidden = constrain(self._embed(tokens, position))
-        rotation = _make_rotations(config, position, longest)
+        rotation = make_rotations(config, position, longest)
 
         def body(carry: tuple, block_and_layer: tuple) -> tuple[tuple, Any]:
             (hidden, cache), (block, layer) = carry, block_and_layer
@@ -275,7 +279,7 @@ class Decoder(nnx.Module):
         # Accelerators would otherwise multiply float32 in fewer bits.
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
             carry, routing = jax.lax.scan(
-                body, (hidden, cache), (self.blocks, _layers(config))
+                body, (hidden, cache), (self.blocks, stack_layers(config))
             )
         hidden, cache = carry
         routing = jax.tree.map(lambda layers: jnp.sum(layers, axis=0), routing)
@@ -284,72 +288,6 @@ class Decoder(nnx.Module):
             # Logits are linear in the hidden states, whose product is elsewhere.
             hidden = hidden * jnp.asarray(config.logit_scale, dtype)
         return hidden, cache, routing
-
-
-class _Layer(NamedTuple):
-    """What is scanned beside the blocks: in what a layer differs from others."""
-
-    index: Int[Array, "*layers"]
-    window: Int[Array, "*layers"] | None  # None: no layer has one
-    rope: Int[Array, "*layers"] | None  # of the different ones; None: all are alike
-
-    def window_over(self, position: Array) -> Window | None:
-        return None if self.window is None else Window(position, self.window)
-
-
-def _layers(config: DecoderConfig) -> _Layer:
-    windows, ropes = layer_windows(config), layer_ropes(config)
-    kinds = list(dict.fromkeys(ropes))
-    sizes = [NO_WINDOW if window is None else window for window in windows]
-    return _Layer(
-        jnp.arange(config.num_layers),
-        None if set(windows) == {None} else jnp.array(sizes, jnp.int32),
-        None if len(kinds) == 1 else jnp.array([kinds.index(rope) for rope in ropes]),
-    )
-
-
-def _depends_on_length(config: DecoderConfig) -> bool:
-    ropes = layer_ropes(config)
-    return any(rope is not None and rope.depends_on_length for rope in ropes)
-
-
-def _longest_sequence(
-    example: Int[Array, "rows length"],
-    position: Int[Array, "rows length"],
-    num_examples: int,
-) -> Int[Array, "rows length"]:
-    """Tokens of the longest sequence of each token's example, whatever its branch.
-
-    So the two completions of a prompt are read with one set of frequencies, and what
-    else a row or batch holds does not matter. A row does not hold the last token of a
-    sequence, which predicts nothing; it does not count.
-    """
-
-    def of_row(example: Array, position: Array) -> Array:
-        count = num_examples + 1  # and padding, whose number is 0
-        return jax.ops.segment_max(position + 1, example, num_segments=count)[example]
-
-    return jax.vmap(of_row)(example, position)
-
-
-def _make_rotations(
-    config: DecoderConfig,
-    position: Int[Array, "rows length"],
-    longest: Int[Array, "rows length"] | None,
-) -> Callable[[_Layer], Callable[[Array], Array]]:
-    """The rotation of each layer; angles are computed once, outside of the scan."""
-    kinds = list(dict.fromkeys(layer_ropes(config)))
-    if kinds == [None]:
-        return lambda layer: lambda heads: heads
-    dimension = config.rotary_dimension or config.head_dimension
-    tables = [rotary_tables(rope, dimension, position, longest) for rope in kinds]
-    if len(kinds) == 1:
-        rotate = make_rotation(*tables[0], config.rotary_pairs)
-        return lambda layer: rotate
-    cosines, sines = (jnp.stack(table) for table in zip(*tables, strict=True))
-    return lambda layer: make_rotation(
-        cosines[layer.rope], sines[layer.rope], config.rotary_pairs
-    )
 
 
 def _table(
