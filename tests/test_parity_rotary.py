@@ -217,7 +217,7 @@ def test_greedy_decoding_on_one_side_of_the_original_context_equals_transformers
     name: str, get_case: Any
 ):
     """Under dynamic scaling each longer sequence is another side: only within it."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     pair: Pair = get_case(name).pair
     generate = make_generate(
