@@ -85,7 +85,7 @@ def _write(output: Path, exported: _Exported, config: ExportConfig) -> None:
         return
     if base is None or model.lora is None:
         raise ValueError(f"{config.run} trained all weights; leave out --merge.")
-    # One array at a time is merged, and keeps its sharding.
+    # Compiled, so that kernels are merged where they are, each by its shards.
     merge = jax.jit(partial(merge_adapters, shape=model.lora))
     merged = merge(graft(base, trained))
     write_model(

@@ -95,7 +95,7 @@ def make_generate(
         `num_samples` is not positive; for several samples at temperature 0.
     """
     choose = make_choose(temperature, truncation)
-    _check(num_new, num_samples, temperature)
+    check_counts(num_new, num_samples, temperature)
     prefill = _make_prefill(extend, empty_cache, eos_token, num_new, num_samples)
     decode = _make_decode(extend, choose, eos_token, num_new)
 
@@ -200,7 +200,12 @@ def _advance(
     return logits_of(hidden[:, -1], output), cache
 
 
-def _check(num_new: int, num_samples: int, temperature: float) -> None:
+def check_counts(num_new: int, num_samples: int, temperature: float) -> None:
+    """Refuses numbers of tokens and samples that cannot be, or are all the same.
+
+    Raises:
+      ValueError: naming the number.
+    """
     if num_new < 1:
         raise ValueError(f"At least one token must be generated, not {num_new}.")
     if num_samples < 1:

@@ -244,16 +244,16 @@ def _load(
     source: _Source, keeping: Keeping, new_adapters: NewAdapters | None, seed: int
 ) -> Loaded:
     shape, mesh = None, keeping.mesh
-    abstract = make_model(source.config).params
     if source.adapters is not None:
         if new_adapters is not None:
             raise ValueError(
                 f"{source.adapters} holds adapters already, which are trained further "
                 "as they are; leave out --lora.rank and what describes new ones."
             )
+        abstract = make_model(source.config).params
         shape = read_shape(source.adapters, abstract, source.settings)
     elif new_adapters is not None:
-        shape = new_adapters(abstract, source.settings)
+        shape = new_adapters(make_model(source.config).params, source.settings)
     if shape is not None:
         shape = replace(shape, dropout=keeping.dropout)
     elif keeping.base_dtype is not None or keeping.dropout:

@@ -14,6 +14,7 @@ from dpojax.data.fields import Text
 from dpojax.data.prompt_files import read_prompts
 from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import Sampler, make_sampler
+from dpojax.generate import check_counts
 from dpojax.loading import Loaded, check_positions, load_model
 from dpojax.progress import say
 from dpojax.sharding import make_mesh, make_placement
@@ -82,11 +83,7 @@ def check_sampling(config: GenerateConfig) -> None:
         raise ValueError(f"seed is {config.seed}; it must not be negative.")
     if "" in config.stop:
         raise ValueError("A stop string is empty; it would end every completion.")
-    if config.num_samples > 1 and config.temperature == 0:
-        raise ValueError(
-            f"At temperature 0 all {config.num_samples} samples of a prompt are the "
-            "same; ask for one, or give a temperature."
-        )
+    check_counts(config.max_new_tokens, config.num_samples, config.temperature)
     make_choose(config.temperature, as_truncation(config))  # refuses what it cannot do
 
 

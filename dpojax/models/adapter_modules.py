@@ -51,6 +51,17 @@ def modules_of(base: Params, settings: Mapping[str, Any]) -> list[Module]:
     return list(modules.values())
 
 
+def adapted_modules(
+    chosen: frozenset[str], base: Params, settings: Mapping[str, Any]
+) -> list[Module]:
+    """The modules that hold any of the chosen projections of ours."""
+    return [
+        module
+        for module in modules_of(base, settings)
+        if not chosen.isdisjoint(module.parts)
+    ]
+
+
 def choose_modules(
     targets: Sequence[str], base: Params, settings: Mapping[str, Any]
 ) -> frozenset[str]:
@@ -86,7 +97,8 @@ def short_name(
     module: Module, chosen: Sequence[Module], every: Sequence[Module]
 ) -> str:
     """The end of a module's name that no module has which is not chosen."""
-    others = {one.end for one in every if one not in chosen}
+    ours = {one.names[0] for one in chosen}
+    others = {one.end for one in every if one.names[0] not in ours}
     parts = module.names[0].split(".")
     return module.end if module.end not in others else ".".join(parts[-2:])
 

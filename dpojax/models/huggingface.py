@@ -4,7 +4,6 @@ Where one is, its settings, and which tensors it must have. How values are read 
 written is `read_weights` and `write_weights`; tokenizers are not this file's concern.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from dpojax.models.families import family_of, num_heads_of
 from dpojax.models.functional import Params
+from dpojax.models.json_files import read_object, write_object
 from dpojax.models.read_weights import read_weights
 from dpojax.models.weight_files import find_tensors
 from dpojax.models.weight_places import as_named, as_places, is_place
@@ -57,7 +57,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{directory} is not a model directory: it has no {_SETTINGS}."
         )
-    return _read_object(directory / _SETTINGS)
+    return read_object(directory / _SETTINGS)
 
 
 def read_generation_settings(directory: Path) -> dict[str, Any] | None:
@@ -69,7 +69,7 @@ def read_generation_settings(directory: Path) -> dict[str, Any] | None:
       ValueError: if the file is not a JSON object.
     """
     path = directory / _GENERATION
-    return _read_object(path) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def read_params(
@@ -163,24 +163,9 @@ def write_settings(
 ) -> None:
     """Writes ``config.json`` for weights of a dtype and ``generation_config.json``."""
     kept = {key: value for key, value in settings.items() if key != "torch_dtype"}
-    _write_object(directory / _SETTINGS, kept | {"dtype": dtype})
+    write_object(directory / _SETTINGS, kept | {"dtype": dtype})
     if generation_settings is not None:
-        _write_object(directory / _GENERATION, generation_settings)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object; it holds {content!r}.")
-    return content
-
-
-def _write_object(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True)
-    path.write_text(text + "\n", encoding="utf-8")
+        write_object(directory / _GENERATION, generation_settings)
 
 
 def _matters(name: str) -> bool:

@@ -40,8 +40,11 @@ class LoraShape:
     @property
     def scale(self) -> float:
         """What multiplies the product of the two matrices."""
-        standard = self.scaling == "standard"
-        return self.alpha / (self.rank if standard else math.sqrt(self.rank))
+        return self.alpha / self.divisor(self.rank)
+
+    def divisor(self, rank: int) -> float:
+        """What an alpha is divided by at a rank."""
+        return math.sqrt(rank) if self.scaling == "rslora" else float(rank)
 
 
 class Lora(nnx.Module):

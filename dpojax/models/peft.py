@@ -5,7 +5,6 @@ they are one adapter of as many times the rank: one A below the other, B in bloc
 file knows neither the loop nor how adapters compute.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,13 +20,16 @@ from safetensors.numpy import load_file, save_file
 from dpojax.models.adapter_layout import Layer, part_of, whole_of
 from dpojax.models.adapter_modules import (
     Module,
+    adapted_modules,
     choose_modules,
     modules_of,
     short_name,
 )
 from dpojax.models.families import family_of
 from dpojax.models.functional import Params
+from dpojax.models.json_files import read_object, write_object
 from dpojax.models.lora import LoraShape
+from dpojax.models.weight_files import read_header
 from dpojax.models.write_weights import on_host
 from dpojax.whole_files import whole_directory
 
@@ -90,7 +92,7 @@ def read_shape(directory: Path, base: Params, settings: Mapping[str, Any]) -> Lo
     Raises:
       ValueError: for adapters of another kind, or of another base.
     """
-    config, tensors = _read_config(directory), _read_tensors(directory)
+    config, tensors = _read_config(directory), read_header(_find_weights(directory))
     held = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
     modules = [
         module
@@ -141,9 +143,7 @@ def read_adapters(
     if "score" in like:
         found["score/embedding"] = _take(tensors, _PREFIX + "score.weight", directory)
     kinds = _KINDS if shape.kind == "dora" else {"a": _KINDS["a"], "b": _KINDS["b"]}
-    for module in modules_of(base, settings):
-        if shape.modules.isdisjoint(module.parts):
-            continue
+    for module in adapted_modules(shape.modules, base, settings):
         layers: list[Layer] = [
             {
                 kind: _take(tensors, _PREFIX + name + end, directory)
@@ -198,9 +198,7 @@ def write_adapters(
     """
     host = jax.tree.map(on_host, adapters)
     tensors: dict[str, np.ndarray] = {}
-    for module in modules_of(base, settings):
-        if shape.modules.isdisjoint(module.parts):
-            continue
+    for module in adapted_modules(shape.modules, base, settings):
         for index, name in enumerate(module.names):
             for kind, value in whole_of(host, module, index).items():
                 tensors[_PREFIX + name + _KINDS[kind]] = np.ascontiguousarray(value)
@@ -224,7 +222,7 @@ def write_config(
 ) -> None:
     """Writes ``adapter_config.json``; takes what `write_adapters` takes."""
     every = modules_of(base, settings)
-    modules = [one for one in every if not shape.modules.isdisjoint(one.parts)]
+    modules = adapted_modules(shape.modules, base, settings)
     names = {short_name(module, modules, every): module for module in modules}
     ranks = {
         name: shape.rank * len(module.parts)
@@ -244,7 +242,7 @@ def write_config(
         "target_modules": sorted(names),
         "rank_pattern": ranks,
         "alpha_pattern": {
-            name: _plain(shape.scale * _divisor(shape, rank))
+            name: _plain(shape.scale * shape.divisor(rank))
             for name, rank in ranks.items()
         },
         "modules_to_save": ["classifier", "score"] if with_score else None,
@@ -253,8 +251,7 @@ def write_config(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (directory / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_object(directory / _CONFIG, config)
 
 
 def _as_shape(modules: Iterable[str], config: Mapping[str, Any]) -> LoraShape:
@@ -267,22 +264,13 @@ def _as_shape(modules: Iterable[str], config: Mapping[str, Any]) -> LoraShape:
     )
 
 
-def _divisor(shape: LoraShape, rank: int) -> float:
-    return math.sqrt(rank) if shape.scaling == "rslora" else float(rank)
-
-
 def _plain(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / _CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object; it holds {config!r}.")
+    config = read_object(path)
     for key, allowed in _ONLY.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ValueError(
@@ -303,12 +291,17 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+def _find_weights(directory: Path) -> Path:
     path = directory / _WEIGHTS
     if not path.is_file():
         raise ValueError(
             f"{directory} has no {_WEIGHTS}; other formats of weights are not read."
         )
+    return path
+
+
+def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    path = _find_weights(directory)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -339,7 +332,7 @@ def _check_scale(
         for pattern, alpha in patterns.items()
         if re.match(rf"(.*\.)?({pattern})$", module.names[0])
     ]
-    scale = (alphas[0] if alphas else shape.alpha) / _divisor(shape, rank)
+    scale = (alphas[0] if alphas else shape.alpha) / shape.divisor(rank)
     ranks = {shape.rank, shape.rank * len(module.parts)}
     if rank not in ranks or not math.isclose(scale, shape.scale, rel_tol=1e-6):
         raise ValueError(

@@ -4,7 +4,6 @@ The host holds one file's tensors, never all of them. The same arrays give the s
 bytes. Names and directories are not this file's concern.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from math import prod
@@ -18,6 +17,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from dpojax.models.functional import Params
+from dpojax.models.json_files import write_object
 from dpojax.models.weight_files import INDEX
 from dpojax.models.weight_places import Place, is_place
 
@@ -102,8 +102,7 @@ def write_weights(
         total = sum(tensor.num_values for tensor in tensors.values())
         metadata = {"total_parameters": total} | split.metadata
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True)
-        (directory / INDEX).write_text(text + "\n", encoding="utf-8")
+        write_object(directory / INDEX, index)
 
 
 def _gather(tensor: NewTensor) -> np.ndarray:
