@@ -1,11 +1,17 @@
 """What holds for every test: four virtual CPU devices, no network, shared material."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:  # the tests import it only once the environment is set
+    from dpojax.config import TrainConfig
 
 # Set before any test module imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,17 +43,30 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tiny model and twenty pairs of the embedded reviews."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with the embedded task's tokenizer."""
+    return make_tiny_model(tmp_path_factory.mktemp("models"))
+
+
+def make_tiny_model(directory: Path) -> Path:
+    """Writes the tokenizer of the embedded task and, with it, a model."""
     from dpojax.commands import init
     from dpojax.config import InitConfig
+    from dpojax.data.synthetic import make_tokenizer
+
+    tokenizer, output = str(directory / "tokenizer"), str(directory / "model")
+    make_tokenizer().save_pretrained(tokenizer)
+    return init(InitConfig(output=output, tokenizer=tokenizer, preset="tiny"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny model and twenty pairs of the embedded reviews."""
     from dpojax.data.labels import label_pairs
-    from dpojax.data.synthetic import make_reviews, make_tokenizer, split_review
+    from dpojax.data.synthetic import make_reviews, split_review
 
     directory = tmp_path_factory.mktemp("run")
-    make_tokenizer().save_pretrained(directory / "tokenizer")
-    tokenizer, model = str(directory / "tokenizer"), str(directory / "model")
-    init(InitConfig(output=model, tokenizer=tokenizer, preset="tiny"))
+    make_tiny_model(directory)
     generation = json.dumps({"eos_token_id": [2, 5]})
     (directory / "model/generation_config.json").write_text(generation)
     reviews = [split_review(review) for review in make_reviews(96, seed=0)]
@@ -57,3 +76,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "".join(json.dumps(pair) + "\n" for pair in pairs)
     (directory / "pairs.jsonl").write_text(text, encoding="utf-8")
     return directory
+
+
+@pytest.fixture(scope="module")
+def config(place: Path) -> TrainConfig:
+    """A run of four steps on those pairs."""
+    from dpojax.config import OptimizerConfig, TrainConfig
+
+    return TrainConfig(
+        model=str(place / "model"),
+        data=(str(place / "pairs.jsonl"),),
+        output=str(place / "whole"),
+        test_size=4,
+        max_length=96,
+        batch_size=4,
+        steps=4,
+        log_every=1,
+        evaluate_every=2,
+        save_every=2,
+        sample_prompts=2,
+        sample_tokens=4,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    )

@@ -19,25 +19,12 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
 from dpojax.cli import main
-from dpojax.commands import init
-from dpojax.config import InitConfig
-from dpojax.data.synthetic import make_tokenizer
 
 Damage = Callable[[Path], None]
 UP = "model.layers.1.mlp.up_proj.weight"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 # Unpickled, it would end the process.
 PICKLE = b"cos\n_exit\n(I3\ntR."
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with the embedded task's tokenizer."""
-    directory = tmp_path_factory.mktemp("models")
-    make_tokenizer().save_pretrained(directory / "tokenizer")
-    tokenizer = str(directory / "tokenizer")
-    output = str(directory / "tiny")
-    return init(InitConfig(output=output, tokenizer=tokenizer, preset="tiny"))
 
 
 @pytest.fixture

@@ -13,9 +13,6 @@ from typing import Any
 import pytest
 
 from dpojax.cli import main
-from dpojax.commands import init
-from dpojax.config import InitConfig
-from dpojax.data.synthetic import make_tokenizer
 
 Fail = Callable[..., str]
 COMMANDS = ["", "train", "eval", "score", "losses", "init", "generate", "export"]
@@ -23,16 +20,6 @@ PAIRS = [
     {"prompt": f"I saw this {thing}", "chosen": " and it was good.", "rejected": "."}
     for thing in ("film", "movie", "comedy", "drama", "opera", "show")
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with the embedded task's tokenizer."""
-    directory = tmp_path_factory.mktemp("models")
-    make_tokenizer().save_pretrained(directory / "tokenizer")
-    tokenizer = str(directory / "tokenizer")
-    output = str(directory / "tiny")
-    return init(InitConfig(output=output, tokenizer=tokenizer, preset="tiny"))
 
 
 @pytest.fixture

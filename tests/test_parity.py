@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_models import SIZES, Pair, make_pair
+from tiny_models import SIZES, Pair, greedy, make_pair
 
 from dpojax.batch import Batch
 from dpojax.data.packing import Example, as_batch
-from dpojax.generate import make_generate, pad_left
 from dpojax.log_probs import as_head, completion_log_probs, logits_of
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_settings, write_model
@@ -252,29 +251,9 @@ def test_a_shared_row_gives_the_log_probs_of_separate_sequences(
 
 @pytest.mark.parametrize("case", CASES)
 def test_cached_greedy_decoding_equals_that_of_transformers(case: str, get_pair: Any):
-    torch = pytest.importorskip("torch")
-
-    pair: Pair = get_pair(case)
-    generate = make_generate(
-        pair.model.extend,
-        pair.model.empty_cache,
-        eos_token=2,
-        num_new=NUM_NEW,
-        temperature=0.0,
-    )
     rows = [row[:n].tolist() for row, n in zip(tokens_of_rows(), LENGTHS, strict=True)]
-    prompts, is_prompt = pad_left(rows, max(LENGTHS), len(rows))
-    found = generate(pair.params, prompts, is_prompt, jax.random.key(0))
-    with torch.no_grad():
-        expected = pair.theirs.generate(
-            torch.tensor(prompts).long(),
-            attention_mask=torch.tensor(is_prompt).long(),
-            max_new_tokens=NUM_NEW,
-            do_sample=False,
-            pad_token_id=2,
-        )
-    expected = expected[:, max(LENGTHS) :].numpy()
-    np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
+    found, expected = greedy(get_pair(case), rows, NUM_NEW)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import SIZES, Pair, make_pair
+from tiny_models import SIZES, Pair, greedy, make_pair
 
 from dpojax.batch import Batch
 from dpojax.data.packing import Example, as_batch
-from dpojax.generate import make_generate, pad_left
 from dpojax.log_probs import logits_of
 
 ORIGINAL = 12  # positions before scaling
@@ -217,30 +216,13 @@ def test_greedy_decoding_on_one_side_of_the_original_context_equals_transformers
     name: str, get_case: Any
 ):
     """Under dynamic scaling each longer sequence is another side: only within it."""
-    torch = pytest.importorskip("torch")
-
     pair: Pair = get_case(name).pair
-    generate = make_generate(
-        pair.model.extend,
-        pair.model.empty_cache,
-        eos_token=2,
-        num_new=NUM_NEW,
-        temperature=0.0,
-    )
     within, beyond = ORIGINAL - NUM_NEW, ORIGINAL + 1
     for length in (within,) if "dynamic" in name else (within, beyond):
         rows = [some_tokens(length, 7).tolist(), some_tokens(length, 8).tolist()]
-        prompts, is_prompt = pad_left(rows, length, len(rows))
-        found = generate(pair.params, prompts, is_prompt, jax.random.key(0))
-        expected = pair.theirs.generate(
-            torch.tensor(prompts).long(),
-            attention_mask=torch.tensor(is_prompt).long(),
-            max_new_tokens=NUM_NEW,
-            do_sample=False,
-            pad_token_id=2,
-        )[:, length:].numpy()
+        found, expected = greedy(pair, rows, NUM_NEW)
         assert len(np.unique(expected)) > 2
-        np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("name", GENERATING)

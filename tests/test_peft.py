@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_models import make_pair
 
 from dpojax.data.packing import Example, as_batch
 from dpojax.log_probs import logits_of
@@ -17,7 +18,7 @@ from dpojax.models.adapter_modules import choose_modules
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
-from dpojax.models.huggingface import read_params, read_settings
+from dpojax.models.huggingface import read_settings
 from dpojax.models.lora import LoraShape, graft, start_adapters
 from dpojax.models.peft import (
     read_adapters,
@@ -26,29 +27,24 @@ from dpojax.models.peft import (
     shape_by_targets,
     write_adapters,
 )
-from dpojax.sharding import as_shardings, make_mesh
 
 # PEFT asks transformers for it by a name that is to go; another warning is an error.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-# Of each family what its classes begin with, and keys that its config does not have.
-FAMILIES = {
-    "llama": ("Llama", ()),
-    "phi3": ("Phi3", ()),
-    "gpt2": ("GPT2", ("num_key_value_heads", "intermediate_size")),
-    "gpt_neox": ("GPTNeoX", ("num_key_value_heads",)),
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2}
+# Of each family what its classes begin with, and how `make_theirs` is to change SIZES.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "phi3": ("Phi3", {}),
+    "gpt2": (
+        "GPT2",
+        {
+            "model": "GPT2LMHeadModel",
+            "without": ("num_key_value_heads", "intermediate_size"),
+        },
+    ),
+    "gpt_neox": ("GPTNeoX", {"without": ("num_key_value_heads",)}),
 }
 CASES = [
     ("llama", "lora", "standard", ("all-linear",)),
@@ -81,23 +77,13 @@ class Base(NamedTuple):
 
 @pytest.fixture(scope="module")
 def get_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
-    torch = pytest.importorskip("torch")
     pytest.importorskip("peft")
-    import transformers
 
     @cache
     def get(family: str) -> Base:
-        name, without = FAMILIES[family]
-        settings = {key: value for key, value in SIZES.items() if key not in without}
-        config = getattr(transformers, f"{name}Config")(**settings)
-        torch.manual_seed(0)
-        theirs = transformers.AutoModelForCausalLM.from_config(config)
-        directory = tmp_path_factory.mktemp(family)
-        theirs.save_pretrained(directory)
-        found = read_settings(directory)
-        shapes = make_model(as_decoder_config(found)).params
-        params = read_params(directory, shapes, as_shardings(shapes, make_mesh()))
-        return Base(directory, params, found)
+        name, changes = FAMILIES[family]
+        pair = make_pair(tmp_path_factory.mktemp(family), name, SIZES | changes)
+        return Base(pair.directory, pair.params, read_settings(pair.directory))
 
     return get
 

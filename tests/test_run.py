@@ -33,25 +33,6 @@ from dpojax.sampling import generate
 
 
 @pytest.fixture(scope="module")
-def config(place: Path) -> TrainConfig:
-    return TrainConfig(
-        model=str(place / "model"),
-        data=(str(place / "pairs.jsonl"),),
-        output=str(place / "whole"),
-        test_size=4,
-        max_length=96,
-        batch_size=4,
-        steps=4,
-        log_every=1,
-        evaluate_every=2,
-        save_every=2,
-        sample_prompts=2,
-        sample_tokens=4,
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-    )
-
-
-@pytest.fixture(scope="module")
 def whole(config: TrainConfig) -> Result:
     return run(config)
 

@@ -27,23 +27,9 @@ from dpojax.sampling import generate
 
 
 @pytest.fixture(scope="module")
-def config(place: Path) -> TrainConfig:
-    return TrainConfig(
-        model=str(place / "model"),
-        data=(str(place / "pairs.jsonl"),),
-        output=str(place / "whole"),
-        lora=LoraConfig(rank=4, alpha=8.0),
-        test_size=4,
-        max_length=96,
-        batch_size=4,
-        steps=4,
-        log_every=1,
-        evaluate_every=2,
-        save_every=2,
-        sample_prompts=2,
-        sample_tokens=4,
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-    )
+def config(config: TrainConfig) -> TrainConfig:
+    lora, optimizer = LoraConfig(rank=4, alpha=8.0), OptimizerConfig(learning_rate=1e-2)
+    return replace(config, lora=lora, optimizer=optimizer)
 
 
 @pytest.fixture(scope="module")

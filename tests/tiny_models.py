@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from dpojax.generate import make_generate, pad_left
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
@@ -56,6 +58,32 @@ def read(directory: Path, model: Model) -> Params:
     return read_params(
         directory, model.params, jax.tree.map(lambda _: whole, model.params)
     )
+
+
+def greedy(
+    pair: Pair, rows: list[list[int]], num_new: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What each row is continued by here and in transformers; 2 ends a sequence."""
+    torch = pytest.importorskip("torch")
+    generate = make_generate(
+        pair.model.extend,
+        pair.model.empty_cache,
+        eos_token=2,
+        num_new=num_new,
+        temperature=0.0,
+    )
+    prompts, is_prompt = pad_left(rows, max(map(len, rows)), len(rows))
+    found = generate(pair.params, prompts, is_prompt, jax.random.key(0))
+    with torch.no_grad():
+        expected = pair.theirs.generate(
+            torch.tensor(prompts).long(),
+            attention_mask=torch.tensor(is_prompt).long(),
+            max_new_tokens=num_new,
+            do_sample=False,
+            pad_token_id=2,
+        )
+    expected = expected[:, prompts.shape[1] :].numpy()
+    return np.asarray(found)[:, : expected.shape[1]], expected
 
 
 def keep_gradient() -> optax.GradientTransformation:
