@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpojax.command_config import GenerateConfig
 from dpojax.completions import cut_at, decode_completion, make_settle
-from dpojax.config import GenerateConfig
 from dpojax.data.chats import render_messages
 from dpojax.data.fields import Messages, Record
 from dpojax.data.packing import bucket_length

@@ -8,15 +8,15 @@ from typing import Annotated
 
 import tyro
 
-from dpojax.config import (
+from dpojax.command_config import (
     EvalConfig,
     ExportConfig,
     GenerateConfig,
     InitConfig,
     LossesConfig,
     ScoreConfig,
-    TrainConfig,
 )
+from dpojax.config import TrainConfig
 from dpojax.user_code import load_names
 
 _PACKAGE = str(Path(__file__).parent)

@@ -5,11 +5,7 @@ from typing import TypedDict
 
 import jax
 
-from dpojax.config import (
-    EvalConfig,
-    InitConfig,
-    LossesConfig,
-)
+from dpojax.command_config import EvalConfig, InitConfig, LossesConfig
 from dpojax.data.packing import with_mismatched
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sampled_kl

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from dpojax.checkpoint import Checkpoints
-from dpojax.config import ExportConfig
+from dpojax.command_config import ExportConfig
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.loading import load_model, load_reward_model, new_directory
 from dpojax.models.decoder import Model, make_model

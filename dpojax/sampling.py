@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpojax.command_config import GenerateConfig
 from dpojax.completions import cut_at, decode_completion, make_settle
-from dpojax.config import GenerateConfig
 from dpojax.data.fields import Text
 from dpojax.data.prompt_files import read_prompts
 from dpojax.data.tokenize import encode_prompt

@@ -15,7 +15,7 @@ import numpy as np
 
 from dpojax import metrics
 from dpojax.batch import Batch
-from dpojax.config import ScoreConfig
+from dpojax.command_config import ScoreConfig
 from dpojax.data.packing import (
     Example,
     as_batch,

@@ -50,8 +50,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_tiny_model(directory: Path) -> Path:
     """Writes the tokenizer of the embedded task and, with it, a model."""
+    from dpojax.command_config import InitConfig
     from dpojax.commands import init
-    from dpojax.config import InitConfig
     from dpojax.data.synthetic import make_tokenizer
 
     tokenizer, output = str(directory / "tokenizer"), str(directory / "model")

@@ -14,7 +14,7 @@ import pytest
 
 from dpojax.chat import chat
 from dpojax.cli import main
-from dpojax.config import GenerateConfig
+from dpojax.command_config import GenerateConfig
 from dpojax.data.fields import Messages
 from dpojax.data.synthetic import make_tokenizer
 from dpojax.data.tokenize import Tokenizer, encode_prompt, load_tokenizer

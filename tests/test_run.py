@@ -12,15 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpojax.cli import _load_experiment
+from dpojax.command_config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
 from dpojax.commands import evaluate_policy, init
-from dpojax.config import (
-    EvalConfig,
-    ExportConfig,
-    GenerateConfig,
-    InitConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpojax.config import OptimizerConfig, TrainConfig
 from dpojax.data.synthetic import (
     make_tokenizer,
 )

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dpojax.command_config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
 from dpojax.commands import evaluate_policy, init
 from dpojax.config import (
-    EvalConfig,
-    ExportConfig,
-    GenerateConfig,
-    InitConfig,
     LoraConfig,
     LossConfig,
     MovingConfig,

@@ -13,15 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpojax.cli import main
+from dpojax.command_config import EvalConfig, InitConfig
 from dpojax.commands import evaluate_policy, init
-from dpojax.config import (
-    EvalConfig,
-    InitConfig,
-    LossConfig,
-    MovingConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpojax.config import LossConfig, MovingConfig, OptimizerConfig, TrainConfig
 from dpojax.data.labels import label_pairs, rank_completions
 from dpojax.data.packing import Example
 from dpojax.data.synthetic import make_reviews, make_tokenizer, split_review

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dpojax.cli import main
+from dpojax.command_config import GenerateConfig, InitConfig
 from dpojax.commands import init
 from dpojax.completions import Settle, Settled, make_settle
-from dpojax.config import GenerateConfig, InitConfig
 from dpojax.data.prompt_files import read_prompts
 from dpojax.data.synthetic import make_tokenizer
 from dpojax.evaluation import make_sampler

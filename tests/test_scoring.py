@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dpojax.cli import main
+from dpojax.command_config import InitConfig, ScoreConfig
 from dpojax.commands import init
-from dpojax.config import InitConfig, ScoreConfig
 from dpojax.data.packing import Example
 from dpojax.data.records import Record
 from dpojax.data.synthetic import make_tokenizer

@@ -21,13 +21,8 @@ import jax
 import numpy as np
 import tyro
 
-from dpojax.config import (
-    LossConfig,
-    MovingConfig,
-    OptimizerConfig,
-    ScoreConfig,
-    TrainConfig,
-)
+from dpojax.command_config import ScoreConfig
+from dpojax.config import LossConfig, MovingConfig, OptimizerConfig, TrainConfig
 from dpojax.data.synthetic import reward
 from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import make_sampler

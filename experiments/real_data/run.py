@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import tyro
 
+from dpojax.command_config import InitConfig
 from dpojax.commands import init
-from dpojax.config import InitConfig, LossConfig, OptimizerConfig, TrainConfig
+from dpojax.config import LossConfig, OptimizerConfig, TrainConfig
 from dpojax.run import run
 
 SHARED = Path(os.environ.get("DPOJAX_SHARED", "../shared"))

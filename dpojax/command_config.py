@@ -1,0 +1,157 @@
+"""Settings of the commands beside train: frozen dataclasses, as in `dpojax.config`.
+
+The flags of the command line are made from these; only the commands read them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from dpojax.config import LossConfig, MeshConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate a policy on held-out preferences."""
+
+    model: str
+    """Policy: a model directory or a hub name."""
+    reference: str | None = None
+    """Reference model, likewise; for losses and a KL that need one."""
+    data: tuple[str, ...]
+    """Preference data, as for train."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """As in training."""
+    split: str = "test"
+    """Split evaluated on; cut off the data as train does if it has none."""
+    test_size: float = 0.05
+    """As in training, or the cut-off split is another one."""
+    max_examples: int | None = None
+    """As in training, likewise."""
+    max_length: int = 1024
+    """Most tokens of a prompt and one completion, with EOS."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """Longer examples are cut or dropped, as in training."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    pairs_from: Literal["best_worst", "all", "rso"] = "best_worst"
+    """As in training."""
+    turns: Literal["all", "assistant"] = "all"
+    """As in training."""
+    batch_size: int = 16
+    """Examples evaluated at one time."""
+    kl_samples: int = 64
+    """Prompts continued by the policy to estimate KL(policy || reference); 0: none."""
+    sample_tokens: int = 64
+    """Most tokens of such a completion."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations. Default: bfloat16, on a CPU float32."""
+    seed: int = 0
+    """Decides the samples."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesConfig:
+    """Print the table of objectives."""
+
+    markdown: bool = False
+    """Print it as Markdown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score completions with a reward model."""
+
+    model: str
+    """Reward model: a model directory or a hub name."""
+    data: str
+    """Prompts with completions, as for train."""
+    output: str
+    """JSON Lines file to write, new: prompt, completions and their scores, in order."""
+    split: str = "train"
+    """Split scored; of data without splits, everything."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our names of columns and the data's, as in training."""
+    max_examples: int | None = None
+    """Score this many records, chosen at random."""
+    max_length: int = 1024
+    """Most tokens of a prompt and one completion, with EOS; longer ones are cut."""
+    batch_size: int = 16
+    """Prompts scored at one time, with their completions."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations. Default: bfloat16, on a CPU float32."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Write a new, randomly initialised model directory."""
+
+    output: str
+    """Directory to write; new."""
+    tokenizer: str
+    """Tokenizer: directory, hub name, tokenizer.json, or GPT-2 vocabulary file."""
+    eos_token: str | None = None
+    """End-of-sequence token, if the tokenizer does not name one."""
+    chat_template: str | None = None
+    """Jinja file of a chat template, if the tokenizer has none."""
+    preset: Literal["tiny", "small", "base"] = "small"
+    """Layers x width: tiny 2 x 64, small 4 x 128, base 8 x 512."""
+    max_length: int = 2048
+    """Positions that the model is meant for."""
+    seed: int = 0
+    """Decides the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue prompts, or chat."""
+
+    model: str
+    """Model directory or hub name."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts."""
+    prompts_file: str | None = None
+    """Instead: JSON Lines with a prompt each, text or messages; or lines of text."""
+    output: str | None = None
+    """JSON Lines file to write, new: prompt and completions. Default: print them."""
+    chat: bool = False
+    """Instead: talk with the model, a line at a time, until Ctrl-D."""
+    system: str | None = None
+    """With --chat: the message that the conversation begins with."""
+    num_samples: int = 1
+    """Completions of each prompt."""
+    max_new_tokens: int = 128
+    """Most tokens of a completion."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Draw from this many of the most likely tokens."""
+    top_p: float | None = None
+    """Draw from the fewest most likely tokens whose probabilities add up to this."""
+    min_p: float | None = None
+    """Draw from tokens that have at least this share of the highest probability."""
+    stop: tuple[str, ...] = ()
+    """Strings; a completion ends before the earliest of them, or at EOS."""
+    seed: int = 0
+    """Decides the samples."""
+    batch_size: int = 16
+    """Prompts continued at one time, each with all its samples."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations. Default: bfloat16, on a CPU float32."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a checkpoint of a run as a Hugging Face model directory."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory; with --merge also a directory of adapters."""
+    output: str
+    """Directory to write; new: a model or, of a run that trained adapters, these."""
+    merge: bool = False
+    """Fold adapters into the weights of their base, and write a model."""
+    step: int | None = None
+    """Step of the checkpoint. Default: the last."""
