@@ -24,6 +24,7 @@ from dpojax.objective_table import as_lines, as_markdown
 from dpojax.prepare import load_examples, make_configured_loss
 from dpojax.progress import say, show_table
 from dpojax.sharding import Placement, make_mesh, make_placement
+from dpojax.spread import Spread
 from dpojax.train_step import make_eval_step
 
 # Layers, width, heads, MLP width.
@@ -116,8 +117,7 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
         "batch_size": config.batch_size,
         "placement": make_placement(mesh),
     }
-    num_shards = how["placement"].num_shards
-    step = make_eval_step(loaded.model.apply, loss, num_shards=num_shards)
+    step = make_eval_step(loaded.model.apply, loss, spread=Spread(mesh))
     values = evaluate(step, loaded.params, reference, examples, **how)
     if config.kl_samples and reference is not None:
         prompts = [example.prompt.tolist() for example in examples[: config.kl_samples]]

@@ -14,6 +14,7 @@ from dpojax.generate import Watch, make_generate, pad_left, trim
 from dpojax.loading import Loaded
 from dpojax.progress import track
 from dpojax.sharding import Placement
+from dpojax.spread import Spread
 from dpojax.train_step import EvalStep, Params, make_kl_step
 from dpojax.truncation import EVERY_TOKEN, Truncation
 
@@ -166,7 +167,7 @@ def sampled_kl(
         Example(np.asarray(prompt, np.int32), (np.asarray(completion, np.int32),))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    step = make_kl_step(loaded.model.apply, num_shards=placement.num_shards)
+    step = make_kl_step(loaded.model.apply, spread=Spread(placement.mesh))
     return evaluate(
         step, params, reference, examples, batch_size=batch_size, placement=placement
     )

@@ -13,18 +13,17 @@ from jaxtyping import Array
 
 from dpojax.batch import Batch
 from dpojax.log_probs import (
-    Output,
     as_head,
-    completion_kl,
-    completion_log_sum_squares,
     in_shared_prefix,
     sum_completions,
-    token_log_probs,
+    token_values,
 )
 from dpojax.losses.objective import Need
 from dpojax.losses.scores import Scores
 from dpojax.rewards import completion_rewards
 from dpojax.routing import Routing
+from dpojax.spread import ALONE, Spread
+from dpojax.vocabulary import Wanted
 
 Params = Any
 # (params, batch) -> hidden states [rows, length, width], and the output matrix
@@ -43,7 +42,11 @@ Measure = Callable[[Params, Params | None, Batch], Measured]  # of policy and re
 
 
 def make_measure(
-    apply: Apply, needs: frozenset[Need], *, chunk_size: int, num_shards: int
+    apply: Apply,
+    needs: frozenset[Need],
+    *,
+    chunk_size: int = 512,
+    spread: Spread = ALONE,
 ) -> Measure:
     """Builds the function that measures completions.
 
@@ -51,45 +54,58 @@ def make_measure(
       apply: the model: parameters and batch to hidden states and output matrix.
       needs: what to measure beside the policy's log-probabilities.
       chunk_size: positions of each shard whose logits exist at one time.
-      num_shards: ways in which the rows are divided over devices.
+      spread: the mesh that rows and output matrix are divided over.
     """
-    how = {"chunk_size": chunk_size, "num_shards": num_shards}
+    how = {"chunk_size": chunk_size, "spread": spread}
+    names: dict[Need, Wanted] = {"log_sum_squares": "log_sum_squares", "token_kl": "kl"}
+    wanted: frozenset[Wanted] = frozenset(
+        names[need] for need in names if need in needs
+    )
 
-    def sums(hidden: Array, output: Output, batch: Batch) -> tuple[Array, Array | None]:
-        """Log-probabilities of whole completions, and of their shared prefixes."""
-        per_token = token_log_probs(hidden, output, batch, **how)
-        whole = sum_completions(per_token, batch)
+    def prefix_of(per_token: Array, batch: Batch) -> Array | None:
+        """Log-probabilities of what completions share in length."""
         if "prefix" not in needs:
-            return whole, None
+            return None
         inside = jnp.where(in_shared_prefix(batch), per_token, 0.0)
-        return whole, sum_completions(inside, batch)
+        return sum_completions(inside, batch)
 
     def measure(params: Params, reference: Params | None, batch: Batch) -> Measured:
         policy = apply(params, batch)
-        if "reward_head" in needs:
-            whole, prefix = completion_rewards(*policy, batch), None
-        else:
-            whole, prefix = sums(*policy, batch)
         scores = Scores(
-            whole,
+            jnp.zeros(()),
             None,
             jnp.asarray(batch.completion_length),
             score=jnp.asarray(batch.score),
-            policy_prefix=prefix,
         )
-        if "log_sum_squares" in needs:
-            constant = jax.lax.stop_gradient(policy)
-            squares = completion_log_sum_squares(*constant, batch, **how)
-            scores = scores._replace(log_sum_squares=squares)
+        routing = as_head(policy[1]).routing
+        if "reward_head" in needs:
+            rewards = completion_rewards(*policy, batch)
+            return Measured(scores._replace(policy=rewards), routing)
+        frozen = None
         if "reference" in needs:
             # The same function of other parameters: at step 0 the log-ratio is exactly
             # 0.
             frozen = jax.lax.stop_gradient(apply(reference, batch))
-            whole, prefix = jax.lax.stop_gradient(sums(*frozen, batch))
-            scores = scores._replace(reference=whole, reference_prefix=prefix)
-            if "token_kl" in needs:
-                kl = completion_kl(frozen, policy, batch, **how)
-                scores = scores._replace(token_kl=kl)
-        return Measured(scores, as_head(policy[1]).routing)
+        other = frozen if "token_kl" in needs else None
+        found = token_values(*policy, batch, wanted=wanted, other=other, **how)
+        scores = scores._replace(
+            policy=sum_completions(found.log_prob, batch),
+            policy_prefix=prefix_of(found.log_prob, batch),
+        )
+        if found.log_sum_squares is not None:
+            squares = sum_completions(found.log_sum_squares, batch)
+            scores = scores._replace(log_sum_squares=squares)
+        if found.kl is not None:
+            scores = scores._replace(token_kl=sum_completions(found.kl, batch))
+        if frozen is not None:
+            its = found.other_log_prob
+            if its is None:
+                its = token_values(*frozen, batch, **how).log_prob
+            its = jax.lax.stop_gradient(its)
+            scores = scores._replace(
+                reference=sum_completions(its, batch),
+                reference_prefix=prefix_of(its, batch),
+            )
+        return Measured(scores, routing)
 
     return measure

@@ -53,6 +53,7 @@ from dpojax.sharding import (
     num_row_shards,
     rows_sharding,
 )
+from dpojax.spread import Spread
 from dpojax.train_step import TrainState, make_eval_step, make_train_step
 
 
@@ -154,7 +155,7 @@ def run(config: TrainConfig) -> Result:
         optimizer,
         num_microbatches=config.microbatches,
         chunk_size=config.chunk_size,
-        num_shards=num_row_shards(mesh),
+        spread=Spread(mesh),
         movement=movement,
         roles=policy.roles,
         aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
@@ -165,7 +166,7 @@ def run(config: TrainConfig) -> Result:
         loaded.model.apply,
         loss,
         chunk_size=config.chunk_size,
-        num_shards=num_row_shards(mesh),
+        spread=Spread(mesh),
     )
 
     placement = make_placement(mesh)

@@ -91,13 +91,14 @@ class Placement(NamedTuple):
 
     put: Callable[[Any], Any]  # host arrays, rows first, to sharded ones
     num_shards: int  # ways in which rows are divided; their number is a multiple
+    mesh: Mesh
 
 
 def make_placement(mesh: Mesh) -> Placement:
     """Rows over all devices of a mesh that see different ones."""
     sharding = rows_sharding(mesh)
     put = partial(jax.device_put, device=sharding)
-    return Placement(put, num_row_shards(mesh))
+    return Placement(put, num_row_shards(mesh), mesh)
 
 
 def num_row_shards(mesh: Mesh) -> int:

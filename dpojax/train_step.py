@@ -23,6 +23,7 @@ from dpojax.metrics import Sums
 from dpojax.outcome_metrics import outcome_sums
 from dpojax.reference import Movement
 from dpojax.routing import load_balancing_loss, over_rows
+from dpojax.spread import ALONE, Spread
 
 Running = dict[str, Any]
 TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Sums]]
@@ -74,7 +75,7 @@ def make_train_step(
     *,
     num_microbatches: int = 1,
     chunk_size: int = 512,
-    num_shards: int = 1,
+    spread: Spread = ALONE,
     movement: Movement | None = None,
     roles: Roles = all_weights,
     aux_loss_coefficient: float = 0.0,
@@ -91,7 +92,7 @@ def make_train_step(
         result is that of the whole batch, for losses that look at all of it too: these
         cost one more forward pass then.
       chunk_size: positions of each shard whose logits exist at one time.
-      num_shards: ways in which the rows are divided over devices.
+      spread: the mesh that rows and output matrix are divided over.
       movement: how the reference follows the policy; the step's own argument is None
         then, since the state holds it.
       roles: how what is trained and what is frozen make the policy and the reference;
@@ -110,9 +111,7 @@ def make_train_step(
       Where the model has experts, ``aux_loss`` is their routers' load-balancing loss
       over the real tokens of the batch, whether it counts or not; ``loss`` is without.
     """
-    measure = make_measure(
-        apply, loss.needs, chunk_size=chunk_size, num_shards=num_shards
-    )
+    measure = make_measure(apply, loss.needs, chunk_size=chunk_size, spread=spread)
 
     def measure_trained(trained: Params, others: tuple, batch: Batch) -> Measured:
         return measure(*roles(trained, *others), batch)
@@ -154,16 +153,14 @@ def make_eval_step(
     loss: Loss,
     *,
     chunk_size: int = 512,
-    num_shards: int = 1,
+    spread: Spread = ALONE,
 ) -> EvalStep:
     """Builds ``eval_step(params, reference, batch, running={}) -> sums``, jitted.
 
     Statistics that a loss carries are used as they are, and not changed. Of a model
     with experts, ``aux_loss`` is that of the tokens of all batches together.
     """
-    measure = make_measure(
-        apply, loss.needs, chunk_size=chunk_size, num_shards=num_shards
-    )
+    measure = make_measure(apply, loss.needs, chunk_size=chunk_size, spread=spread)
 
     def eval_step(
         params: Params,
@@ -179,7 +176,7 @@ def make_eval_step(
 
 
 def make_kl_step(
-    apply: Apply, *, chunk_size: int = 512, num_shards: int = 1
+    apply: Apply, *, chunk_size: int = 512, spread: Spread = ALONE
 ) -> EvalStep:
     """Builds ``kl_step(params, reference, batch) -> sums``, jitted.
 
@@ -189,9 +186,7 @@ def make_kl_step(
 
     def kl_step(params: Params, reference: Params | None, batch: Batch) -> Sums:
         policy, frozen = apply(params, batch), apply(reference, batch)
-        kl = completion_kl(
-            policy, frozen, batch, chunk_size=chunk_size, num_shards=num_shards
-        )
+        kl = completion_kl(policy, frozen, batch, chunk_size=chunk_size, spread=spread)
         return {"kl": metrics.moments(kl[..., 0], jnp.asarray(batch.live))}
 
     return jax.jit(kl_step)

@@ -42,6 +42,7 @@ from dpojax.sharding import (
     make_mesh,
     rows_sharding,
 )
+from dpojax.spread import Spread
 from dpojax.train_step import init_state, make_eval_step, make_train_step
 
 Step = tuple[Any, dict[str, float]]  # gradient and metrics
@@ -96,9 +97,8 @@ def take_step(
         state = jax.device_put(state, shardings)
         reference = jax.device_put(reference, as_shardings(reference, mesh))
         batch = jax.device_put(batch, rows_sharding(mesh))
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
         how |= {"state_shardings": shardings, "rows_sharding": rows_sharding(mesh)}
-        how |= {"num_shards": rows}
+        how |= {"spread": Spread(mesh)}
     step = make_train_step(model.apply, loss, optimizer, **how)
     state, sums = step(state, reference, batch)
     values = {k: v for k, v in summarize(sums).items() if "_se" not in k}

@@ -13,9 +13,9 @@ from dpojax.data.packing import Example, as_batch
 from dpojax.log_probs import (
     completion_kl,
     completion_log_probs,
-    completion_log_sum_squares,
     in_shared_prefix,
     sum_completions,
+    token_values,
 )
 
 VOCABULARY, WIDTH, LENGTH = 50, 16, 40
@@ -115,7 +115,9 @@ def test_sum_completions_adds_each_position_to_its_own_completion(batch: Batch):
 def test_sums_of_squares_equal_those_of_a_float64_softmax(batch: Batch):
     arrays = make_arrays(4)
     squares = np.exp(2 * log_softmax(*arrays)).sum(axis=-1)
-    found = completion_log_sum_squares(*arrays, batch, chunk_size=8)
+    wanted = frozenset({"log_sum_squares"})
+    per_token = token_values(*arrays, batch, wanted=wanted, chunk_size=8)
+    found = sum_completions(per_token.log_sum_squares, batch)
     np.testing.assert_allclose(found, summed(np.log(squares), batch), rtol=1e-5)
 
 

@@ -38,6 +38,7 @@ from dpojax.models.peft import read_adapters, read_shape
 from dpojax.models.quantized import dequantize, make_quantize, quantize
 from dpojax.optimizer import make_optimizer
 from dpojax.sharding import as_shardings, make_constrain, make_mesh, rows_sharding
+from dpojax.spread import Spread
 from dpojax.train_step import TrainState, init_state, make_train_step
 
 SMALL = DecoderConfig(
@@ -260,7 +261,7 @@ def test_sharded_adapters_are_trained_as_on_one_device(kind: str, sizes: tuple):
         model.apply,
         make_loss("dpo"),
         optimizer,
-        num_shards=sizes[0] * sizes[1],
+        spread=Spread(mesh),
         roles=make_roles(shape),
     )
     base = jax.device_put(base, as_shardings(base, mesh))

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from dpojax.batch import Batch
 from dpojax.log_probs import Head, Output
-from dpojax.models.attention import Window, attention
+from dpojax.models.attention import attention
 from dpojax.models.block import Block, Hidden, make_norm
+from dpojax.models.blockwise import blockwise_attention
 from dpojax.models.experts import ByShard, alone
 from dpojax.models.functional import Params, as_function, by_structure
 from dpojax.models.layers import (
@@ -30,7 +31,7 @@ from dpojax.models.layers import (
     make_rotations,
     stack_layers,
 )
-from dpojax.models.linear import Options
+from dpojax.models.linear import Attend, Options
 from dpojax.models.lora import LoraShape, split_adapters
 from dpojax.models.quantized import Quantization
 from dpojax.models.shape import DecoderConfig
@@ -70,6 +71,7 @@ def make_model(
     by_shard: ByShard = alone,
     quantization: Quantization | None = None,
     lora: LoraShape | None = None,
+    attend: Attend = blockwise_attention,
 ) -> Model:
     """Builds a decoder; nothing is allocated.
 
@@ -82,6 +84,7 @@ def make_model(
       by_shard: makes experts be computed by each shard of rows for itself.
       quantization: kernels may be quantised so, see `dpojax.models.quantized`.
       lora: the parameters may hold such adapters, see `dpojax.models.lora`.
+      attend: attention over whole rows; to a cache, `attention` is used.
 
     Returns:
       The model's functions. They take parameters with and without adapters, and with
@@ -91,7 +94,9 @@ def make_model(
     def make(options: Options, key: Array) -> Decoder:
         return Decoder(config, options, nnx.Rngs(key))
 
-    plain = Options(compute_dtype, param_dtype, remat, constrain, by_shard)
+    plain = Options(
+        compute_dtype, param_dtype, remat, constrain, by_shard, attend=attend
+    )
     without_dropout = None if lora is None else replace(lora, dropout=0.0)
     variants = dict.fromkeys(
         plain._replace(quantization=kind, lora=shape)
@@ -166,8 +171,8 @@ class Decoder(nnx.Module):
             query: Array, key: Array, value: Array, cache: None, layer: Layer
         ) -> tuple[Array, None]:
             window = layer.window_over(position)
-            attended = self._attention(
-                query, key, value, example, branch, window=window
+            attended = self.options.attend(
+                query, key, value, example, branch, window=window, **self._scores()
             )
             return attended, cache
 
@@ -213,8 +218,15 @@ class Decoder(nnx.Module):
             )
             keys, values = cache.key[layer.index], cache.value[layer.index]
             window = layer.window_over(key_position)
-            attended = self._attention(
-                query, keys, values, example, prompt, offset, window=window
+            attended = attention(
+                query,
+                keys,
+                values,
+                example,
+                prompt,
+                offset,
+                window=window,
+                **self._scores(),
             )
             return attended, cache
 
@@ -225,9 +237,10 @@ class Decoder(nnx.Module):
         hidden, cache, _ = self._blocks(tokens, position, attend, cache, longest)
         return hidden, self._head(), cache
 
-    def _attention(self, *args: Any, window: Window | None) -> Array:
-        scale, cap = self.config.attention_scale, self.config.attention_cap
-        return attention(*args, window=window, scale=scale, cap=cap)
+    def _scores(self) -> dict[str, float | None]:
+        """What is done to the scores of queries and keys."""
+        config = self.config
+        return {"scale": config.attention_scale, "cap": config.attention_cap}
 
     def _head(self, routing: Routing | None = None) -> Output:
         config = self.config

@@ -6,13 +6,18 @@ This file knows nothing of layers, files and training.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from dpojax.models.blockwise import blockwise_attention
 from dpojax.models.experts import ByShard, alone
 from dpojax.models.lora import Lora, LoraShape
 from dpojax.models.quantized import Quantization, QuantizedKernel
+
+# (query, key, value, example, branch, window=, scale=, cap=) -> attended values
+Attend = Callable[..., Array]
 
 
 class Options(NamedTuple):
@@ -25,6 +30,7 @@ class Options(NamedTuple):
     by_shard: ByShard = alone
     quantization: Quantization | None = None  # of projections' kernels
     lora: LoraShape | None = None
+    attend: Attend = blockwise_attention
 
 
 class Linear(nnx.Module):
@@ -69,7 +75,40 @@ class Linear(nnx.Module):
     def __call__(self, hidden: Array) -> Array:
         """Hidden states ``[rows, length, inputs]`` to ``[rows, length, outputs]``."""
         kernel, hidden = self.kernel[...].astype(self.dtype), hidden.astype(self.dtype)
-        product = hidden @ kernel
+        product = multiply(hidden, kernel)
         if self.adapted:
             product = self.lora(hidden, kernel, product)
         return product + self.bias[...].astype(self.dtype) if self.use_bias else product
+
+
+@jax.custom_vjp
+def multiply(
+    hidden: Float[Array, "rows length inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "rows length outputs"]:
+    """``hidden kernel``, with the kernel's gradient as ``hidden^T slope``.
+
+    Of the two ways to compute that gradient, this transposes what the forward pass has
+    already written. The usual one transposes the slope, into which XLA's compiler for
+    CPUs fuses everything before it, in strides: a fifth of an MLP's time.
+    """
+    return _contract("rli,io->rlo", hidden, kernel)
+
+
+def _multiply_forward(hidden: Array, kernel: Array) -> tuple[Array, tuple]:
+    return multiply(hidden, kernel), (hidden, kernel)
+
+
+def _multiply_backward(operands: tuple[Array, Array], slope: Array) -> tuple:
+    hidden, kernel = operands
+    by_hidden = _contract("rlo,io->rli", slope, kernel)
+    return by_hidden, _contract("rli,rlo->io", hidden, slope)
+
+
+multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _contract(indices: str, left: Array, right: Array) -> Array:
+    # The backward pass is traced outside of any context that asks for exactness.
+    exact = left.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else None
+    return jnp.einsum(indices, left, right, precision=precision)

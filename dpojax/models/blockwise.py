@@ -1,0 +1,194 @@
+"""Attention in plain XLA, a block of queries at a time, for whole rows.
+
+Each block of queries meets the keys up to its own end, so that nothing of the size
+``[heads, length, length]`` exists and what causality empties is not computed. The
+backward pass keeps the output and the logarithm of the softmax's sum, and computes a
+block's scores again. This file knows no parameters.
+
+References:
+  Rabe and Staats, Self-attention Does Not Need O(n^2) Memory, 2021, arXiv:2112.05682;
+  Dao et al., FlashAttention, 2022, arXiv:2205.14135, appendix B (the backward pass).
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dpojax.models.attention import Window, visible
+
+# Not minus infinity: of a row that sees nothing, the softmax stays finite.
+HIDDEN = float(jnp.finfo(jnp.float32).min)
+
+
+def blockwise_attention(
+    query: Float[Array, "rows length heads dimension"],
+    key: Float[Array, "rows length key_heads dimension"],
+    value: Float[Array, "rows length key_heads dimension"],
+    example: Int[Array, "rows length"],
+    branch: Int[Array, "rows length"],
+    *,
+    window: Window | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
+    block: int | None = None,
+) -> Float[Array, "rows length heads dimension"]:
+    """What `dpojax.models.attention.attention` gives for whole rows.
+
+    Args:
+      query: queries of every token of each row.
+      key: keys likewise, of as many heads or a divisor of them.
+      value: values likewise.
+      example: number of the example that each token belongs to; 0 is padding.
+      branch: 0 for a prompt's token, k for one of the k-th completion.
+      window: how far back a token sees; None: all of its sequence.
+      scale: multiplies the scores; None: ``dimension ** -0.5``.
+      cap: scores become ``cap * tanh(score / cap)``; None: they stay.
+      block: queries of a block; None: by the rows' length.
+
+    Returns:
+      The attended values, in the dtype of the queries.
+    """
+    length = query.shape[1]
+    how = _How(
+        1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        cap,
+        choose_block(length) if block is None else block,
+    )
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    rows = _Rows(jnp.asarray(example), jnp.asarray(branch), window)
+    heads = (
+        jnp.moveaxis(grouped, 1, 3),
+        jnp.swapaxes(key, 1, 2),
+        jnp.swapaxes(value, 1, 2),
+    )
+    return jnp.moveaxis(_attend(how, *heads, rows), 3, 1).reshape(query.shape)
+
+
+def choose_block(length: int) -> int:
+    """An eighth of the row, between 128 and 512: few blocks, and little in vain."""
+    return min(512, max(128, -(-length // 8 // 128) * 128))
+
+
+class _How(NamedTuple):
+    scale: float
+    cap: float | None
+    block: int
+
+
+class _Rows(NamedTuple):
+    """What decides who sees whom."""
+
+    example: Array
+    branch: Array
+    window: Window | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    how: _How,
+    query: Float[Array, "rows key_heads group length dimension"],
+    key: Float[Array, "rows key_heads length dimension"],
+    value: Float[Array, "rows key_heads length dimension"],
+    rows: _Rows,
+) -> Float[Array, "rows key_heads group length dimension"]:
+    return _forward(how, query, key, value, rows)[0]
+
+
+def _forward(
+    how: _How, query: Array, key: Array, value: Array, rows: _Rows
+) -> tuple[Array, Array]:
+    """The attended values, and the logarithm of each softmax's sum."""
+    outputs, normalisers = [], []
+    for start, stop in _blocks(query.shape[3], how.block):
+        here = _after(query[..., start:stop, :], outputs)
+        scores = _scores(how, here, key[:, :, :stop])
+        scores = jnp.where(_mask(rows, start, stop), scores, HIDDEN)
+        maximum = jnp.max(scores, axis=-1)
+        weight = jnp.exp(scores - maximum[..., None])
+        total = jnp.sum(weight, axis=-1)
+        weight = weight.astype(value.dtype)
+        output = _contract("rgmqk,rgkd->rgmqd", weight, value[:, :, :stop])
+        outputs.append((output / total[..., None]).astype(query.dtype))
+        normalisers.append(maximum + jnp.log(total))
+    return jnp.concatenate(outputs, axis=3), jnp.concatenate(normalisers, axis=3)
+
+
+def _forward_rule(
+    how: _How, query: Array, key: Array, value: Array, rows: _Rows
+) -> tuple[Array, tuple]:
+    # Named for policies that keep what is dear to compute again.
+    output, normaliser = (
+        checkpoint_name(array, "attention")
+        for array in _forward(how, query, key, value, rows)
+    )
+    return output, (query, key, value, rows, output, normaliser)
+
+
+def _backward_rule(how: _How, kept: tuple, slope: Array) -> tuple:
+    query, key, value, rows, output, normaliser = kept
+    exact = slope.astype(jnp.float32)
+    drop = jnp.sum(exact * output.astype(jnp.float32), axis=-1, keepdims=True)
+    by_query = []
+    by_key, by_value = (jnp.zeros(array.shape, jnp.float32) for array in (key, value))
+    for start, stop in _blocks(query.shape[3], how.block):
+        here = (..., slice(start, stop), slice(None))
+        seen, read = key[:, :, :stop], value[:, :, :stop]
+        asked = _after(query[here], by_query)
+        scores = _scores(how, asked, seen)
+        weight = jnp.exp(scores - normaliser[..., start:stop, None])
+        weight = jnp.where(_mask(rows, start, stop), weight, 0.0)
+        by_weight = _contract("rgmqd,rgkd->rgmqk", slope[here], read)
+        by_scores = weight * (by_weight - drop[here])
+        if how.cap is not None:
+            by_scores *= 1 - jnp.square(scores / how.cap)
+        by_scores = (by_scores * how.scale).astype(query.dtype)
+        weight = weight.astype(value.dtype)
+        by_query.append(_contract("rgmqk,rgkd->rgmqd", by_scores, seen))
+        added = _contract("rgmqk,rgmqd->rgkd", by_scores, asked)
+        by_key = by_key.at[:, :, :stop].add(added)
+        added = _contract("rgmqk,rgmqd->rgkd", weight, slope[here])
+        by_value = by_value.at[:, :, :stop].add(added)
+    whole = jnp.concatenate(by_query, axis=3).astype(query.dtype)
+    return whole, by_key.astype(key.dtype), by_value.astype(value.dtype), None
+
+
+_attend.defvjp(_forward_rule, _backward_rule)
+
+
+def _blocks(length: int, block: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, block):
+        yield start, min(start + block, length)
+
+
+def _after(queries: Array, done: list[Array]) -> Array:
+    """Queries that wait for the blocks before: together these would fill memory."""
+    return jax.lax.optimization_barrier((queries, done[-1]))[0] if done else queries
+
+
+def _mask(rows: _Rows, start: int, stop: int) -> Array:
+    """``[rows, 1, 1, queries, keys]`` of the queries from `start` to `stop`."""
+    window = rows.window
+    if window is not None:
+        window = Window(window.position[:, :stop], window.size)
+    example, branch = rows.example[:, :stop], rows.branch[:, :stop]
+    return visible(example, branch, stop - start, start, window)[:, None, None]
+
+
+def _scores(how: _How, query: Array, key: Array) -> Array:
+    scores = _contract("rgmqd,rgkd->rgmqk", query, key) * how.scale
+    return scores if how.cap is None else how.cap * jnp.tanh(scores / how.cap)
+
+
+def _contract(indices: str, left: Array, right: Array) -> Array:
+    # The backward pass is traced outside of any context that asks for exactness.
+    exact = left.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else None
+    return jnp.einsum(
+        indices, left, right, precision=precision, preferred_element_type=jnp.float32
+    )
