@@ -17,13 +17,9 @@ from jaxtyping import Array, Bool, Float
 from dpojax.batch import Batch
 from dpojax.routing import Routing
 from dpojax.spread import ALONE, Spread
-from dpojax.vocabulary import (
-    How,
-    Operand,
-    TokenStatistics,
-    Wanted,
-    token_statistics,
-)
+from dpojax.vocabulary.forward import TokenStatistics
+from dpojax.vocabulary.statistics import token_statistics
+from dpojax.vocabulary.tiles import How, Operand, Wanted
 
 Hidden = Float[Array, "rows length width"]
 

@@ -23,7 +23,7 @@ from dpojax.losses.scores import Scores
 from dpojax.rewards import completion_rewards
 from dpojax.routing import Routing
 from dpojax.spread import ALONE, Spread
-from dpojax.vocabulary import Wanted
+from dpojax.vocabulary.tiles import Wanted
 
 Params = Any
 # (params, batch) -> hidden states [rows, length, width], and the output matrix

@@ -38,8 +38,9 @@ def random_rows(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     rows = [[example() for _ in range(random.integers(1, 3))] for _ in range(2)]
     batch = as_batch([*rows, []], length=LENGTH, num_slots=2, num_completions=3)
-    example, branch, position = batch.example, batch.branch, batch.position
-    return jnp.asarray(example), jnp.asarray(branch), jnp.asarray(position)
+    places = batch.example, batch.branch, batch.position
+    first, second, third = map(jnp.asarray, places)
+    return first, second, third
 
 
 def value_and_gradient(attend: Callable[..., jax.Array], arrays: Arrays) -> Arrays:

@@ -12,13 +12,9 @@ import pytest
 
 from dpojax.sharding import make_mesh
 from dpojax.spread import ALONE, Spread
-from dpojax.vocabulary import (
-    How,
-    Operand,
-    TokenStatistics,
-    Wanted,
-    token_statistics,
-)
+from dpojax.vocabulary.forward import TokenStatistics
+from dpojax.vocabulary.statistics import token_statistics
+from dpojax.vocabulary.tiles import How, Operand, Wanted
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 11, 8, 36
 EVERY: frozenset[Wanted] = frozenset({"log_sum_squares", "entropy", "top1", "kl"})

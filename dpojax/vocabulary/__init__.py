@@ -1,0 +1,1 @@
+"""Statistics of the softmax over a vocabulary, in little memory."""

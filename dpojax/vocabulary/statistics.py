@@ -1,0 +1,125 @@
+"""Statistics of the softmax over a vocabulary, at the scored positions only.
+
+Logits exist for one chunk of positions and one tile of the vocabulary at a time, so
+neither tokens nor vocabulary decide how much memory they take. The forward pass keeps
+the logarithm of the softmax's sum; the backward pass computes the logits again. Where
+the output matrix is frozen, the forward pass keeps the gradient by the hidden state
+instead, since what a log-probability's gradient is multiplied by later is one number a
+position: that saves the second computation.
+
+Whatever the model computes in, softmax and sums are float32. This file knows no loss,
+no completions and no model.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int
+
+from dpojax.sharding import ROWS
+from dpojax.spread import Spread
+from dpojax.vocabulary.backward import backward
+from dpojax.vocabulary.forward import Kept, TokenStatistics, forward
+from dpojax.vocabulary.tiles import How, Operand
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def token_statistics(
+    how: How,
+    this: Operand,
+    other: Operand | None,
+    labels: Int[Array, "rows length"],
+    scored: Bool[Array, "rows length"],
+) -> TokenStatistics:
+    """Statistics of each scored position.
+
+    The gradient is by `this` alone, of its log-probabilities and of ``kl``; everything
+    else is a constant.
+
+    Args:
+      how: what is wanted beside log-probabilities, positions of a chunk, and the mesh.
+      this: hidden states and output matrix.
+      other: those of another model, for ``kl`` and ``other_log_prob``.
+      labels: the token that each position predicts.
+      scored: positions that count.
+    """
+    return _forward(how, this, other, labels, scored, keeps_slope=False)[0]
+
+
+def _forward_rule(
+    how: How, this: Any, other: Any, labels: Any, scored: Any
+) -> tuple[TokenStatistics, tuple]:
+    frozen = not (this.matrix.perturbed or (this.bias and this.bias.perturbed))
+    values = jax.tree.map(lambda leaf: leaf.value, (this, other, labels, scored))
+    found, kept = _forward(how, *values, keeps_slope=frozen and "kl" not in how.wanted)
+    return found, (*values, kept)
+
+
+def _backward_rule(how: How, residuals: tuple, slopes: TokenStatistics) -> tuple:
+    this, other, labels, scored, kept = residuals
+    log_prob, kl = (
+        None if slope is None or isinstance(slope, SymbolicZero) else slope
+        for slope in (slopes.log_prob, slopes.kl)
+    )
+    if log_prob is None and kl is None:
+        by_this = jax.tree.map(jnp.zeros_like, this)
+    elif kept.slope is not None:
+        assert log_prob is not None
+        by_hidden = kept.slope * jnp.where(scored, log_prob, 0.0)[..., None]
+        by_this = jax.tree.map(jnp.zeros_like, this)
+        by_this = by_this._replace(hidden=by_hidden.astype(this.hidden.dtype))
+    else:
+        by_this = _backward(how, this, other, labels, scored, kept, log_prob, kl)
+    return by_this, jax.tree.map(jnp.zeros_like, other), None, None
+
+
+token_statistics.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+def _specs(spread: Spread, operand: Operand | None) -> Any:
+    if operand is None:
+        return None
+    matrix = spread.matrix_spec(operand.matrix)
+    bias = None if operand.bias is None else PartitionSpec(matrix[0])
+    cap = None if operand.cap is None else PartitionSpec()
+    specs: Any = (ROWS, matrix, bias, cap)
+    return Operand(*specs)
+
+
+def _forward(
+    how: How,
+    this: Operand,
+    other: Operand | None,
+    labels: Array,
+    scored: Array,
+    *,
+    keeps_slope: bool,
+) -> tuple[TokenStatistics, Kept]:
+    spread = how.spread
+    shards = tuple(spread.shard(one.matrix) for one in (this, other) if one is not None)
+    local = partial(forward, how, shards, keeps_slope)
+    in_specs = (_specs(spread, this), _specs(spread, other), ROWS, ROWS)
+    return spread.map(local, in_specs, ROWS)(this, other, labels, scored)
+
+
+def _backward(
+    how: How,
+    this: Operand,
+    other: Operand | None,
+    labels: Array,
+    scored: Array,
+    kept: Kept,
+    log_prob: Array | None,
+    kl: Array | None,
+) -> Operand:
+    spread = how.spread
+    shards = tuple(spread.shard(one.matrix) for one in (this, other) if one is not None)
+    specs = _specs(spread, this), _specs(spread, other)
+    local = partial(backward, how, shards)
+    in_specs = (*specs, ROWS, ROWS, ROWS, ROWS, ROWS)
+    mapped = spread.map(local, in_specs, specs[0])
+    return mapped(this, other, labels, scored, kept, log_prob, kl)
