@@ -19,7 +19,7 @@ from dpojax.routing import Routing
 from dpojax.spread import ALONE, Spread
 from dpojax.vocabulary.forward import TokenStatistics
 from dpojax.vocabulary.statistics import token_statistics
-from dpojax.vocabulary.tiles import How, Operand, Wanted
+from dpojax.vocabulary.tiles import TILE, How, Operand, Wanted
 
 Hidden = Float[Array, "rows length width"]
 
@@ -54,6 +54,7 @@ def token_values(
     wanted: frozenset[Wanted] = frozenset(),
     other: tuple[Hidden, Output] | None = None,
     chunk_size: int = 512,
+    tile_size: int = TILE,
     spread: Spread = ALONE,
 ) -> TokenStatistics:
     """Log-probability of the label of each scored position, and what else is wanted.
@@ -69,13 +70,14 @@ def token_values(
       other: another model's hidden states and output matrix, for ``kl``, KL(other ||
         this), and ``other_log_prob``.
       chunk_size: positions of each shard whose logits exist at one time.
+      tile_size: tokens of the vocabulary whose logits do.
       spread: the mesh that rows and matrix are divided over.
 
     Returns:
       Each ``[rows, length]`` float32; 0 at positions that are not scored.
     """
     return token_statistics(
-        How(wanted, chunk_size, spread),
+        How(wanted, chunk_size, spread, tile_size),
         _operand(hidden, output),
         None if other is None else _operand(*other),
         jnp.asarray(batch.labels),

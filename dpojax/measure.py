@@ -5,7 +5,7 @@ that it does not ask for. This file knows no loss and no optimiser.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from dpojax.losses.scores import Scores
 from dpojax.rewards import completion_rewards
 from dpojax.routing import Routing
 from dpojax.spread import ALONE, Spread
-from dpojax.vocabulary.tiles import Wanted
+from dpojax.vocabulary.tiles import TILE, Wanted
 
 Params = Any
 # (params, batch) -> hidden states [rows, length, width], and the output matrix
@@ -38,6 +38,12 @@ class Measured(NamedTuple):
     routing: Routing | None  # of the policy, each row's; where it has experts
 
 
+class _Pieces(TypedDict):
+    chunk_size: int
+    tile_size: int
+    spread: Spread
+
+
 Measure = Callable[[Params, Params | None, Batch], Measured]  # of policy and reference
 
 
@@ -46,6 +52,7 @@ def make_measure(
     needs: frozenset[Need],
     *,
     chunk_size: int = 512,
+    tile_size: int = TILE,
     spread: Spread = ALONE,
 ) -> Measure:
     """Builds the function that measures completions.
@@ -54,9 +61,14 @@ def make_measure(
       apply: the model: parameters and batch to hidden states and output matrix.
       needs: what to measure beside the policy's log-probabilities.
       chunk_size: positions of each shard whose logits exist at one time.
+      tile_size: tokens of the vocabulary whose logits do.
       spread: the mesh that rows and output matrix are divided over.
     """
-    how = {"chunk_size": chunk_size, "spread": spread}
+    how: _Pieces = {
+        "chunk_size": chunk_size,
+        "tile_size": tile_size,
+        "spread": spread,
+    }
     names: dict[Need, Wanted] = {"log_sum_squares": "log_sum_squares", "token_kl": "kl"}
     wanted: frozenset[Wanted] = frozenset(
         names[need] for need in names if need in needs

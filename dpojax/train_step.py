@@ -24,6 +24,7 @@ from dpojax.outcome_metrics import outcome_sums
 from dpojax.reference import Movement
 from dpojax.routing import load_balancing_loss, over_rows
 from dpojax.spread import ALONE, Spread
+from dpojax.vocabulary.tiles import TILE
 
 Running = dict[str, Any]
 TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Sums]]
@@ -75,6 +76,7 @@ def make_train_step(
     *,
     num_microbatches: int = 1,
     chunk_size: int = 512,
+    tile_size: int = TILE,
     spread: Spread = ALONE,
     movement: Movement | None = None,
     roles: Roles = all_weights,
@@ -92,6 +94,7 @@ def make_train_step(
         result is that of the whole batch, for losses that look at all of it too: these
         cost one more forward pass then.
       chunk_size: positions of each shard whose logits exist at one time.
+      tile_size: tokens of the vocabulary whose logits do.
       spread: the mesh that rows and output matrix are divided over.
       movement: how the reference follows the policy; the step's own argument is None
         then, since the state holds it.

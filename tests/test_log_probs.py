@@ -17,6 +17,7 @@ from dpojax.log_probs import (
     sum_completions,
     token_values,
 )
+from dpojax.vocabulary.tiles import Wanted
 
 VOCABULARY, WIDTH, LENGTH = 50, 16, 40
 
@@ -115,8 +116,9 @@ def test_sum_completions_adds_each_position_to_its_own_completion(batch: Batch):
 def test_sums_of_squares_equal_those_of_a_float64_softmax(batch: Batch):
     arrays = make_arrays(4)
     squares = np.exp(2 * log_softmax(*arrays)).sum(axis=-1)
-    wanted = frozenset({"log_sum_squares"})
+    wanted: frozenset[Wanted] = frozenset({"log_sum_squares"})
     per_token = token_values(*arrays, batch, wanted=wanted, chunk_size=8)
+    assert per_token.log_sum_squares is not None
     found = sum_completions(per_token.log_sum_squares, batch)
     np.testing.assert_allclose(found, summed(np.log(squares), batch), rtol=1e-5)
 

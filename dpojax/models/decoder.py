@@ -72,6 +72,7 @@ def make_model(
     quantization: Quantization | None = None,
     lora: LoraShape | None = None,
     attend: Attend = blockwise_attention,
+    unroll: int = 1,
 ) -> Model:
     """Builds a decoder; nothing is allocated.
 
@@ -85,6 +86,7 @@ def make_model(
       quantization: kernels may be quantised so, see `dpojax.models.quantized`.
       lora: the parameters may hold such adapters, see `dpojax.models.lora`.
       attend: attention over whole rows; to a cache, `attention` is used.
+      unroll: layers that one turn of the loop over them computes.
 
     Returns:
       The model's functions. They take parameters with and without adapters, and with
@@ -95,7 +97,13 @@ def make_model(
         return Decoder(config, options, nnx.Rngs(key))
 
     plain = Options(
-        compute_dtype, param_dtype, remat, constrain, by_shard, attend=attend
+        compute_dtype,
+        param_dtype,
+        remat,
+        constrain,
+        by_shard,
+        attend=attend,
+        unroll=unroll,
     )
     without_dropout = None if lora is None else replace(lora, dropout=0.0)
     variants = dict.fromkeys(
@@ -291,8 +299,9 @@ class Decoder(nnx.Module):
             body = jax.checkpoint(body)
         # Accelerators would otherwise multiply float32 in fewer bits.
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
+            layers = self.blocks, stack_layers(config)
             carry, routing = jax.lax.scan(
-                body, (hidden, cache), (self.blocks, stack_layers(config))
+                body, (hidden, cache), layers, unroll=self.options.unroll
             )
         hidden, cache = carry
         routing = jax.tree.map(lambda layers: jnp.sum(layers, axis=0), routing)

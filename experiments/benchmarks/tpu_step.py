@@ -1,0 +1,148 @@
+"""Memory and FLOPs of a DPO step, compiled for a TPU slice that isn't there.
+
+    pip install libtpu
+    python experiments/benchmarks/tpu_step.py --model qwen2.5-0.5b --topology v5e:2x4
+
+compiles the train step that `dpojax train` would run, all weights trained, the
+reference in memory or none (precomputed), and prints one JSON line: the compiler's own
+account of one chip. Rows hold a pair each, its prompt once. The compiler counts FLOPs of
+loops once, so that with --flops these are unrolled.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several side by side
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from dpojax.data.packing import Example, as_batch
+from dpojax.losses.make import make_loss
+from dpojax.models.decoder import Model, make_model
+from dpojax.models.shape import DecoderConfig
+from dpojax.sharding import AXES, as_shardings, make_constrain, rows_sharding
+from dpojax.spread import Spread
+from dpojax.train_step import init_state, make_train_step
+from dpojax.vocabulary.tiles import TILE
+
+SHAPES = {
+    "qwen2.5-0.5b": {
+        "vocabulary_size": 151936, "width": 896, "num_layers": 24, "num_heads": 14,
+        "num_key_heads": 2, "head_dimension": 64, "mlp_width": 4864,
+        "tied_output": True, "qkv_bias": True, "max_length": 32768,
+    },
+    "llama-3.2-1b": {
+        "vocabulary_size": 128256, "width": 2048, "num_layers": 16, "num_heads": 32,
+        "num_key_heads": 8, "head_dimension": 64, "mlp_width": 8192,
+        "tied_output": True, "max_length": 131072,
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A DPO step for a TPU slice.")
+    parser.add_argument("--model", choices=list(SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--vocabulary", type=int, help="instead of the model's")
+    parser.add_argument("--topology", default="v5e:2x4")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--response", type=int, default=512)
+    parser.add_argument("--reference", choices=["live", "none"], default="live")
+    parser.add_argument("--remat", default="full")
+    parser.add_argument("--dtype", default="bfloat16", help="of weights and moments")
+    parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--chunk-size", type=int, default=512)
+    parser.add_argument("--flops", action="store_true", help="unroll, count FLOPs")
+    parser.add_argument("--save-hlo", type=Path)
+    args = parser.parse_args()
+    if args.flops:
+        # Loops of the compiler's own, too, are counted once.
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            os.environ.get("LIBTPU_INIT_ARGS", "")
+            + " --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+        )
+    topology = topologies.get_topology_desc(args.topology, platform="tpu")
+    devices = np.array(topology.devices).reshape(1, -1, 1)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    compiled = lower(args, mesh).compile()
+    if args.save_hlo:
+        args.save_hlo.write_text(compiled.as_text())
+    memory = compiled.memory_analysis()
+    figures = {
+        "argument_mib": memory.argument_size_in_bytes / 2**20,
+        "output_mib": memory.output_size_in_bytes / 2**20,
+        "alias_mib": memory.alias_size_in_bytes / 2**20,
+        "temp_mib": memory.temp_size_in_bytes / 2**20,
+    }
+    if args.flops:
+        figures = {"tflop": compiled.cost_analysis()["flops"] / 1e12}
+    asked = {name: str(value) for name, value in vars(args).items() if value}
+    print(json.dumps(asked | {k: round(v, 3) for k, v in figures.items()}))
+
+
+def lower(args: argparse.Namespace, mesh: Mesh) -> Any:
+    shape = SHAPES[args.model]
+    if args.vocabulary:
+        shape = shape | {"vocabulary_size": args.vocabulary}
+    config = DecoderConfig(**shape)
+    dtype = jnp.dtype(args.dtype)
+    model = make_model(
+        config,
+        compute_dtype=jnp.bfloat16,
+        param_dtype=dtype,
+        remat=args.remat,
+        constrain=make_constrain(mesh),
+        unroll=config.num_layers if args.flops else 1,
+    )
+    loss = make_loss("dpo" if args.reference == "live" else "simpo")
+    optimizer = optax.adamw(1e-6)
+    state = jax.eval_shape(lambda: init_state(zeros(model), optimizer))
+    state = placed(state, as_shardings(state, mesh))
+    reference = state.params if args.reference == "live" else None
+    pair = Example(ones(args.prompt), (ones(args.response), ones(args.response)))
+    length = -(-(args.prompt - 1 + 2 * args.response) // 128) * 128
+    batch = as_batch([[pair]] * args.pairs, length=length)
+    rows = NamedSharding(mesh, rows_sharding(mesh).spec)
+    batch = placed(batch, jax.tree.map(lambda _: rows, batch))
+    step = make_train_step(
+        model.apply,
+        loss,
+        optimizer,
+        num_microbatches=args.microbatches,
+        chunk_size=length * args.pairs if args.flops else args.chunk_size,
+        tile_size=config.vocabulary_size if args.flops else TILE,
+        spread=Spread(mesh),
+        state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+        rows_sharding=rows,
+    )
+    return step.lower(state, reference, batch)
+
+
+def zeros(model: Model) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.params)
+
+
+def ones(count: int) -> np.ndarray:
+    return np.ones(count, np.int32)
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    def abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, tree, shardings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
