@@ -5,8 +5,8 @@
 
 compiles the train step that `dpojax train` would run, all weights trained, the
 reference in memory or none (precomputed), and prints one JSON line: the compiler's own
-account of one chip. Rows hold a pair each, its prompt once. The compiler counts FLOPs of
-loops once, so that with --flops these are unrolled.
+account of one chip. Rows hold a pair each, its prompt once. The compiler counts FLOPs
+of loops once, so that with --flops these are unrolled.
 """
 
 import argparse
