@@ -54,12 +54,14 @@ def _dispatch(arguments: list[str]) -> None:
     # Imported here so that --help and a misspelt flag answer at once.
     from dpojax import commands as command
     from dpojax.chat import chat
+    from dpojax.compilation_cache import use_compilation_cache
     from dpojax.exporting import export
     from dpojax.run import run
     from dpojax.sampling import generate
     from dpojax.scoring import score
     from dpojax.sentiment import run_sentiment
 
+    use_compilation_cache()
     match config:
         case TrainConfig(model=None, data=()):
             run_sentiment(config)
