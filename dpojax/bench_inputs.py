@@ -25,7 +25,13 @@ from dpojax.placing import Keeping, make_adapters, make_kept_model
 from dpojax.prepare import make_new_adapters
 from dpojax.sharding import as_shardings
 
-_LLAMA = {"model_type": "llama", "max_position_embeddings": 131_072}
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "max_position_embeddings": 131_072,
+    "rope_theta": 10_000.0,
+    "rms_norm_eps": 1e-5,
+}
 _SHAPES: Mapping[str, Mapping[str, Any]] = {
     "4x256": _LLAMA
     | {
@@ -44,6 +50,7 @@ _SHAPES: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 32_000,
     },
     "qwen2.5-0.5b": {
+        "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "max_position_embeddings": 131_072,
         "num_hidden_layers": 24,
@@ -65,7 +72,6 @@ _SHAPES: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": 8192,
         "vocab_size": 128_256,
         "rope_theta": 500_000.0,
-        "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     },
 }
