@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from dpojax.command_config import (
+    BenchConfig,
     EvalConfig,
     ExportConfig,
     GenerateConfig,
@@ -44,6 +45,7 @@ def _dispatch(arguments: list[str]) -> None:
     commands = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
         | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
         | Annotated[InitConfig, tyro.conf.subcommand("init")]
@@ -53,14 +55,19 @@ def _dispatch(arguments: list[str]) -> None:
     config = tyro.cli(commands, prog="dpojax", description=__doc__, args=arguments)
     # Imported here so that --help and a misspelt flag answer at once.
     from dpojax import commands as command
+    from dpojax.bench import bench
     from dpojax.chat import chat
+    from dpojax.compilation_cache import use_compilation_cache
     from dpojax.exporting import export
     from dpojax.run import run
     from dpojax.sampling import generate
     from dpojax.scoring import score
     from dpojax.sentiment import run_sentiment
 
+    use_compilation_cache()
     match config:
+        case BenchConfig():  # before TrainConfig, whose settings it has
+            bench(config)
         case TrainConfig(model=None, data=()):
             run_sentiment(config)
         case TrainConfig():

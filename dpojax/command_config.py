@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dpojax.config import LossConfig, MeshConfig
+from dpojax.config import LossConfig, MeshConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,3 +155,51 @@ class ExportConfig:
     """Fold adapters into the weights of their base, and write a model."""
     step: int | None = None
     """Step of the checkpoint. Default: the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeConfig:
+    """A model with random weights, of a known shape or a changed one."""
+
+    name: Annotated[
+        Literal["4x256", "8x512", "qwen2.5-0.5b", "llama-3.2-1b"] | None,
+        tyro.conf.arg(name=""),
+    ] = None
+    """Two small Llamas, layers x width, or models of the hub."""
+    layers: int | None = None
+    """Number of layers, instead of the shape's."""
+    width: int | None = None
+    """Of hidden states."""
+    heads: int | None = None
+    """Of queries; each is width / heads wide."""
+    key_heads: int | None = None
+    """Of keys and values. Default: where heads are given, as many."""
+    mlp_width: int | None = None
+    """Of the MLP's inside."""
+    vocabulary: int | None = None
+    """Rows of the embedding and of the output matrix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(TrainConfig):
+    """Time train steps as train takes them: its settings, its data, its loop."""
+
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    token_file: str | None = None
+    """Instead of data: JSON Lines of prompt_ids, chosen_ids and rejected_ids."""
+    prompt_tokens: int = 64
+    """Without data: tokens of each prompt; with a spread, their mean."""
+    completion_tokens: int = 64
+    """Without data: tokens of each completion, with EOS; likewise."""
+    spread: float = 0.0
+    """Without data: sigma of lognormal lengths, at most four times the mean."""
+    steps: int | None = 20
+    """Steps that are measured."""
+    unmeasured_steps: int = 3
+    """Steps before these."""
+    batch_size: int = 8
+    """Examples of an optimiser step, over all devices."""
+    output: str | None = None
+    """JSON file to write, new."""
+    trace: str | None = None
+    """Directory for a profile of the measured steps, for TensorBoard or Perfetto."""

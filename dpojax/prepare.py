@@ -95,8 +95,14 @@ def check_training(config: TrainConfig, loss: Loss) -> None:
     if config.model is None or not config.data:
         missing = "--model" if config.model is None else "--data"
         raise ValueError(f"Training needs a model and data; {missing} is missing.")
+    check_settings(config, loss)
+
+
+def check_settings(config: TrainConfig, loss: Loss) -> None:
+    """The same, wherever the model and data come from."""
     if config.reference is not None and "reference" not in loss.needs:
         raise ValueError(f"The loss {loss.name!r} uses no reference; leave it out.")
+    make_movement(config.moving, loss)
     if config.batch_size == 1 and "mismatched" in loss.needs:
         raise ValueError(
             f"The loss {loss.name!r} compares each example with another of its batch; "

@@ -26,6 +26,8 @@ os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 # in a collective would otherwise take all of them, and the others never join.
 os.environ.setdefault("NPROC", "16")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Commands keep compiled programs in the user's home; tests keep out of it.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 # Machines that are shared are slow at times, which is no failure.
 settings.register_profile("dpojax", deadline=None)

@@ -15,7 +15,17 @@ import pytest
 from dpojax.cli import main
 
 Fail = Callable[..., str]
-COMMANDS = ["", "train", "eval", "score", "losses", "init", "generate", "export"]
+COMMANDS = [
+    "",
+    "train",
+    "eval",
+    "score",
+    "losses",
+    "init",
+    "generate",
+    "export",
+    "bench",
+]
 PAIRS = [
     {"prompt": f"I saw this {thing}", "chosen": " and it was good.", "rejected": "."}
     for thing in ("film", "movie", "comedy", "drama", "opera", "show")

@@ -193,3 +193,4 @@ def test_a_number_that_is_none_stops_the_run_and_names_the_step(
     )
     with pytest.raises(FloatingPointError, match="of step 2 is nan"):
         run(wild)
+    assert not list((place / "wild" / "checkpoints").glob("[0-9]*"))
