@@ -18,6 +18,7 @@ from dpojax.models.huggingface import read_params, read_settings
 from dpojax.models.lora import LoraShape, start_adapters
 from dpojax.models.peft import read_adapters
 from dpojax.models.quantized import make_quantize
+from dpojax.models.remat import Remat
 from dpojax.sharding import as_shardings, make_by_shard, make_constrain
 
 BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
@@ -28,7 +29,7 @@ class Keeping(NamedTuple):
 
     mesh: Mesh
     compute_dtype: str | None  # None: bfloat16, on a CPU float32
-    remat: bool
+    remat: Remat
     base_dtype: BaseDtype | None  # of a base of adapters; None: as it computes
     dropout: float  # of what enters adapters, in training
 

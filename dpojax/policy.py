@@ -45,7 +45,7 @@ def load_policy(config: TrainConfig, loss: Loss, mesh: Mesh) -> Loaded:
         config.model,
         mesh,
         compute_dtype=config.compute_dtype,
-        remat=config.remat,
+        remat=config.remat or "full",
         new_adapters=make_new_adapters(config.lora),
         base_dtype=config.lora.base,
         dropout=config.lora.dropout,

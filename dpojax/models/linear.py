@@ -13,6 +13,7 @@ from jaxtyping import Array
 from dpojax.models.experts import ByShard, alone
 from dpojax.models.lora import Lora, LoraShape
 from dpojax.models.quantized import Quantization, QuantizedKernel
+from dpojax.models.remat import Remat
 
 
 class Options(NamedTuple):
@@ -20,7 +21,7 @@ class Options(NamedTuple):
 
     compute_dtype: Any
     param_dtype: Any
-    remat: bool
+    remat: Remat
     constrain: Callable[[Array], Array]
     by_shard: ByShard = alone
     quantization: Quantization | None = None  # of projections' kernels
