@@ -97,6 +97,7 @@ def check_training(config: TrainConfig, loss: Loss) -> None:
         raise ValueError(f"Training needs a model and data; {missing} is missing.")
     if config.reference is not None and "reference" not in loss.needs:
         raise ValueError(f"The loss {loss.name!r} uses no reference; leave it out.")
+    make_movement(config.moving, loss)
     if config.batch_size == 1 and "mismatched" in loss.needs:
         raise ValueError(
             f"The loss {loss.name!r} compares each example with another of its batch; "

@@ -1,7 +1,6 @@
 """The loop: one run from its configuration to a model directory, chapter by chapter."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -9,51 +8,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from dpojax import metrics
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
 from dpojax.data.loader import fingerprint, training_batches
 from dpojax.data.packing import Example, with_mismatched
-from dpojax.data.tokenize import Tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
-from dpojax.models.families import aux_loss_coefficient
-from dpojax.optimizer import make_optimizer
-from dpojax.policy import (
-    Policy,
-    default_learning_rate,
-    load_policy,
-    make_policy,
-    write_trained,
-)
-from dpojax.prepare import (
-    balance_advice,
-    check_training,
-    configured_schedule,
-    load_examples,
-    make_configured_loss,
-    make_movement,
-)
+from dpojax.policy import load_policy, make_policy, write_trained
+from dpojax.prepare import balance_advice, check_training, make_configured_loss
 from dpojax.progress import say, track
-from dpojax.reference import Movement, Params
+from dpojax.reference import Params
 from dpojax.resume import abstract, check_note, make_note
 from dpojax.run_directory import choose_directory, write_frame, write_samples
-from dpojax.run_log import drain, figures_line, num_parameters, summary
+from dpojax.run_log import figures_line, num_parameters, summary
 from dpojax.sharding import (
     Placement,
-    as_shardings,
     make_mesh,
     make_placement,
     num_row_shards,
-    rows_sharding,
+    put_ahead,
 )
-from dpojax.train_step import TrainState, make_eval_step, make_train_step
+from dpojax.step_log import StepLog
+from dpojax.train_step import make_eval_step
+from dpojax.training import make_training, read_examples
 
 
 class Result(NamedTuple):
@@ -82,7 +63,6 @@ def run(config: TrainConfig) -> Result:
     """
     # -- Settings that cannot work ----------------------------------------------------
     loss = make_configured_loss(config.loss)
-    movement = make_movement(config.moving, loss)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_training(config, loss)
     directory = choose_directory(config)
@@ -90,8 +70,8 @@ def run(config: TrainConfig) -> Result:
     # -- Model, data and reference ----------------------------------------------------
     loaded = load_policy(config, loss, mesh)
     check_positions(loaded, config.max_length)
-    train = _read_examples(config, loss, loaded.tokenizer, config.train_split)
-    test = _read_examples(config, loss, loaded.tokenizer, config.test_split)
+    train = read_examples(config, loss, loaded.tokenizer, config.train_split)
+    test = read_examples(config, loss, loaded.tokenizer, config.test_split)
     if "reward_head" in loss.needs:
         train, test = (as_reward_examples(part, loaded) for part in (train, test))
     advice = balance_advice(loss, train)
@@ -102,7 +82,7 @@ def run(config: TrainConfig) -> Result:
         test = with_mismatched(test, mismatch_within)
     policy = make_policy(config, loss, loaded, mesh)
 
-    # -- Schedule, optimiser and state ------------------------------------------------
+    # -- Schedule, state and step -----------------------------------------------------
     epochs = 1 if config.epochs is None else config.epochs
     num_seen = max(1, round(len(train) * epochs))
     if config.steps is not None:
@@ -113,22 +93,7 @@ def run(config: TrainConfig) -> Result:
     stop = num_steps if config.stop_after is None else config.stop_after
     if stop > num_steps:
         raise ValueError(f"stop_after is {stop}, but the run has {num_steps} steps.")
-    schedule = configured_schedule(
-        config.optimizer, default_learning_rate(loss, loaded), num_steps
-    )
-    optimizer = make_optimizer(
-        config.optimizer.name,
-        schedule,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        weight_decay=config.optimizer.weight_decay,
-        beta1=config.optimizer.beta1,
-        beta2=config.optimizer.beta2,
-        epsilon=config.optimizer.epsilon,
-    )
-    state = _init_state(policy, optimizer, loss, movement, mesh)
-    shardings = jax.tree.map(lambda array: array.sharding, state)
-    # A reference that moves is in the state.
-    frozen = None if movement is not None else policy.frozen
+    state, training = make_training(config, loss, loaded, policy, mesh, num_steps)
 
     # -- Resume: the state first, then what depends on its step -----------------------
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
@@ -141,26 +106,15 @@ def run(config: TrainConfig) -> Result:
     if step:
         saved = checkpoints.note(step)
         check_note(saved, note, directory)
-        state = checkpoints.restore(step, jax.tree.map(abstract, state))
+        like = jax.tree.map(abstract, state)
+        jax.tree.map(lambda array: array.delete(), state)  # before there are two
+        state = checkpoints.restore(step, like)
         last, last_at = saved["evaluation"], saved["evaluated_at"]
     if config.resume:
         say(f"Resuming {directory} at step {step}.")
     log = metrics.MetricsFile(directory / "metrics.jsonl", keep_until=step or -1)
 
-    # -- The compiled functions -------------------------------------------------------
-    train_step = make_train_step(
-        loaded.model.apply,
-        loss,
-        optimizer,
-        num_microbatches=config.microbatches,
-        chunk_size=config.chunk_size,
-        num_shards=num_row_shards(mesh),
-        movement=movement,
-        roles=policy.roles,
-        aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
-        state_shardings=shardings,
-        rows_sharding=rows_sharding(mesh),
-    )
+    # -- Evaluation -------------------------------------------------------------------
     eval_step = make_eval_step(
         loaded.model.apply,
         loss,
@@ -194,8 +148,6 @@ def run(config: TrainConfig) -> Result:
         last, last_at = first, 0
 
     # -- The loop ---------------------------------------------------------------------
-    pending: list[tuple[int, metrics.Sums]] = []
-    speeds, tokens, since = [], 0, time.perf_counter()
     batches = training_batches(
         train,
         batch_size=config.batch_size,
@@ -206,17 +158,24 @@ def run(config: TrainConfig) -> Result:
         row_multiple=config.microbatches * num_row_shards(mesh),
         mismatch_within=mismatch_within,
     )
-    figures = ""
+
+    def logged(step: int, values: dict[str, float]) -> None:
+        values["learning_rate"] = float(training.learning_rates[step - 1])
+        values["epoch"] = min(step * config.batch_size, num_seen) / len(train)
+        log.write(step, "train", values)
+        if step == stop or step % config.log_every == 0:
+            say(figures_line(f"train step {step}", values))
+
+    steps = StepLog(logged)
     bar = track("Training", total=num_steps, done=step)
     with closing(checkpoints), bar as advance:
-        for batch in batches:
-            state, sums = train_step(state, frozen, placement.put(batch))
+        for batch, placed in put_ahead(batches, placement.put):
+            state, sums = training.step(state, training.frozen, placed)
+            steps.catch_up()  # with an interval that ended before this step
             step += 1
-            pending.append((step, sums))
-            tokens += int(np.count_nonzero(batch.example))
-            is_last = step == stop
+            steps.add(step, sums, int(np.count_nonzero(batch.example)))
             due = {
-                name: is_last or step % every == 0
+                name: step == stop or step % every == 0
                 for name, every in (
                     ("log", config.log_every),
                     ("evaluate", config.evaluate_every),
@@ -224,26 +183,17 @@ def run(config: TrainConfig) -> Result:
                 )
             }
             if any(due.values()):
-                values = drain(pending)
-                speeds.append(tokens / (time.perf_counter() - since))
-                values |= {
-                    "learning_rate": float(np.asarray(schedule(step - 1))),
-                    "epoch": min(step * config.batch_size, num_seen) / len(train),
-                    "tokens_per_second": speeds[-1],
-                }
-                log.write(step, "train", values)
-                figures = figures_line("", values)
-                if due["log"]:
-                    say(figures_line(f"train step {step}", values))
-            if due["evaluate"]:
-                last, last_at = evaluated(step), step
-            if due["save"]:
-                newest = {"evaluation": last, "evaluated_at": last_at}
-                best_by = last["loss"] if last_at == step else None
-                checkpoints.save(step, state, note | newest, best_by)
-            if any(due.values()):
-                tokens, since = 0, time.perf_counter()
-            advance(figures)
+                steps.end_interval()
+            if due["evaluate"] or due["save"]:
+                steps.catch_up()  # what is no number is found before it is saved
+                if due["evaluate"]:
+                    last, last_at = evaluated(step), step
+                if due["save"]:
+                    newest = {"evaluation": last, "evaluated_at": last_at}
+                    best_by = last["loss"] if last_at == step else None
+                    checkpoints.save(step, state, note | newest, best_by)
+                steps.restart()
+            advance(figures_line("", steps.latest))
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:
@@ -259,24 +209,7 @@ def run(config: TrainConfig) -> Result:
         say(f"The model is in {directory / 'final'}.")
     else:
         say(f"Stopped after step {step} of {num_steps}; continue with --resume.")
-    return Result(directory, step, first, last, float(np.median(speeds or [np.nan])))
-
-
-def _init_state(
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    loss: Loss,
-    movement: Movement | None,
-    mesh: Mesh,
-) -> TrainState:
-    """The state before the first step; the policy's own arrays are part of it."""
-    params = policy.trained
-    opt_shapes = jax.eval_shape(optimizer.init, params)
-    init = jax.jit(optimizer.init, out_shardings=as_shardings(opt_shapes, mesh))
-    moving = {} if movement is None else movement.init(params, policy.reference)
-    step = jnp.zeros((), jnp.int32)
-    state = TrainState(step, params, init(params), loss.initial_running(), moving)
-    return jax.device_put(state, as_shardings(state, mesh))
+    return Result(directory, step, first, last, steps.median_speed)
 
 
 def _make_sample_writer(
@@ -304,24 +237,3 @@ def _make_sample_writer(
         return sample_metrics(completions, loaded.eos_token)
 
     return sampled
-
-
-def _read_examples(
-    config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
-) -> list[Example]:
-    return load_examples(
-        config.data,
-        loss,
-        tokenizer,
-        split=split,
-        # What is held out stands once, however often training repeats it.
-        weights=config.data_weights if split == config.train_split else None,
-        columns=config.columns,
-        test_size=config.test_size,
-        max_examples=config.max_examples,
-        pairs_from=config.pairs_from,
-        rejection_beta=config.rejection_beta,
-        max_length=config.max_length,
-        too_long=config.too_long,
-        turns=config.turns,
-    )

@@ -1,16 +1,13 @@
-"""What a run says while it goes: its beginning, its figures, and a number that is none.
+"""What a run says while it goes: its beginning and its figures.
 
 This file knows neither the model nor the loop.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from dpojax import metrics
 from dpojax.config import TrainConfig
 
 _SHOWN = {
@@ -22,32 +19,6 @@ _SHOWN = {
     "grad_norm": "gradient",
     "tokens_per_second": "tokens/s",
 }
-
-
-def drain(pending: list[tuple[int, metrics.Sums]]) -> dict[str, float]:
-    """The means over the steps since the last call, which are forgotten.
-
-    Args:
-      pending: each step's number and its sums.
-
-    Raises:
-      FloatingPointError: naming the step whose loss or gradient is not finite.
-    """
-    steps = jax.device_get(pending)
-    pending.clear()
-    for step, sums in steps:
-        values = metrics.summarize({name: sums[name] for name in ("loss", "grad_norm")})
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise FloatingPointError(
-                    f"The {name} of step {step} is {values[name]}; the run stops here. "
-                    "Its last checkpoint is from before this step."
-                )
-
-    def add(*parts: np.ndarray) -> Any:
-        return np.sum(parts, axis=0, dtype=np.float64)
-
-    return metrics.summarize(jax.tree.map(add, *(sums for _, sums in steps)))
 
 
 def num_parameters(params: Any) -> int:

@@ -6,14 +6,15 @@ whose paths end in those of the parameters.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+Batch = TypeVar("Batch")
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch, and of activations
 
@@ -96,8 +97,35 @@ class Placement(NamedTuple):
 def make_placement(mesh: Mesh) -> Placement:
     """Rows over all devices of a mesh that see different ones."""
     sharding = rows_sharding(mesh)
-    put = partial(jax.device_put, device=sharding)
+
+    def put(rows: Any) -> Any:
+        # Not device_put: between processes it would wait for the devices, to compare
+        # what each of them was given.
+        return jax.tree.map(
+            lambda array: jax.make_array_from_callback(
+                array.shape, sharding, array.__getitem__
+            ),
+            rows,
+        )
+
     return Placement(put, num_row_shards(mesh))
+
+
+def put_ahead(
+    batches: Iterable[Batch], put: Callable[[Batch], Batch]
+) -> Iterator[tuple[Batch, Batch]]:
+    """Each batch on the host and on the devices, where the next one is on its way.
+
+    Args:
+      batches: rows on the host.
+      put: sends them off to the devices, and does not wait for their arrival.
+    """
+    waiting: list[tuple[Batch, Batch]] = []
+    for batch in batches:
+        waiting.append((batch, put(batch)))
+        if len(waiting) == 2:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def num_row_shards(mesh: Mesh) -> int:

@@ -1,0 +1,131 @@
+"""What a run and a benchmark put together alike: examples, state, optimiser and step.
+
+This file reads settings, so that a benchmark times what training does; it knows no loop
+and no files.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dpojax.config import TrainConfig
+from dpojax.data.packing import Example
+from dpojax.data.tokenize import Tokenizer
+from dpojax.loading import Loaded
+from dpojax.losses.make import Loss
+from dpojax.models.families import aux_loss_coefficient
+from dpojax.optimizer import make_optimizer
+from dpojax.policy import Policy, default_learning_rate
+from dpojax.prepare import configured_schedule, load_examples, make_movement
+from dpojax.reference import Movement
+from dpojax.sharding import as_shardings, num_row_shards, rows_sharding
+from dpojax.train_step import TrainState, TrainStep, make_train_step
+
+
+class Training(NamedTuple):
+    """What the loop needs beside the state to take steps."""
+
+    step: TrainStep
+    frozen: Any  # the step's second argument
+    # Of each step; computed once, since in the loop it would wait behind the steps that
+    # the devices still have to take.
+    learning_rates: np.ndarray
+
+
+def make_training(
+    config: TrainConfig,
+    loss: Loss,
+    loaded: Loaded,
+    policy: Policy,
+    mesh: Mesh,
+    num_steps: int,
+) -> tuple[TrainState, Training]:
+    """Puts the train step together; nothing is compiled but what makes the state.
+
+    Args:
+      config: the settings.
+      loss: the objective.
+      loaded: the model.
+      policy: what of it is trained; its arrays become part of the state.
+      mesh: where everything is.
+      num_steps: of the whole run, which decides the schedule.
+
+    Returns:
+      The state before the first step, which the step takes over, and the rest.
+
+    Raises:
+      ValueError: for settings of the optimiser or of a moving reference that cannot be.
+    """
+    movement = make_movement(config.moving, loss)
+    rate = default_learning_rate(loss, loaded)
+    schedule = configured_schedule(config.optimizer, rate, num_steps)
+    optimizer = make_optimizer(
+        config.optimizer.name,
+        schedule,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        weight_decay=config.optimizer.weight_decay,
+        beta1=config.optimizer.beta1,
+        beta2=config.optimizer.beta2,
+        epsilon=config.optimizer.epsilon,
+    )
+    state = _init_state(policy, optimizer, loss, movement, mesh)
+    step = make_train_step(
+        loaded.model.apply,
+        loss,
+        optimizer,
+        num_microbatches=config.microbatches,
+        chunk_size=config.chunk_size,
+        num_shards=num_row_shards(mesh),
+        movement=movement,
+        roles=policy.roles,
+        aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
+        state_shardings=jax.tree.map(lambda array: array.sharding, state),
+        rows_sharding=rows_sharding(mesh),
+    )
+    rates = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)))
+    # A reference that moves is in the state.
+    frozen = None if movement is not None else policy.frozen
+    return state, Training(step, frozen, rates)
+
+
+def read_examples(
+    config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
+) -> list[Example]:
+    """The examples of a split, as the loss takes them."""
+    return load_examples(
+        config.data,
+        loss,
+        tokenizer,
+        split=split,
+        # What is held out stands once, however often training repeats it.
+        weights=config.data_weights if split == config.train_split else None,
+        columns=config.columns,
+        test_size=config.test_size,
+        max_examples=config.max_examples,
+        pairs_from=config.pairs_from,
+        rejection_beta=config.rejection_beta,
+        max_length=config.max_length,
+        too_long=config.too_long,
+        turns=config.turns,
+    )
+
+
+def _init_state(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    movement: Movement | None,
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step; the policy's own arrays are part of it."""
+    params = policy.trained
+    opt_shapes = jax.eval_shape(optimizer.init, params)
+    init = jax.jit(optimizer.init, out_shardings=as_shardings(opt_shapes, mesh))
+    moving = {} if movement is None else movement.init(params, policy.reference)
+    step = jnp.zeros((), jnp.int32)
+    state = TrainState(step, params, init(params), loss.initial_running(), moving)
+    return jax.device_put(state, as_shardings(state, mesh))
