@@ -192,6 +192,12 @@ class TrainConfig:
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
     remat: Literal["none", "dots", "save_attention", "full", "offload"] | None = None
     """Of each layer, what the backward pass recomputes or offloads. Default: full."""
+    offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    """What is kept in the host's memory: optimizer (its moments), reference or both."""
+    fit: bool = False
+    """Find the fastest `remat`, and as many `microbatches` as it takes, that fit."""
+    memory_limit: float | None = None
+    """GiB of a device that --fit may use. Default: what the device has."""
     chunk_size: int = 512
     """Positions of each device's rows whose logits exist at one time."""
 

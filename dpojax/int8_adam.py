@@ -90,14 +90,18 @@ def scale_by_int8_adam(
         return Int8AdamState(count, *_unzip(means), *_unzip(squares))
 
     def update(
-        updates: Params, state: Int8AdamState, params: Params | None = None
+        updates: Params, state: Any, params: Params | None = None
     ) -> tuple[Params, Int8AdamState]:
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         tree, keys = jax.tree.structure(updates), jax.random.key(seed)
         keys = jax.random.split(jax.random.fold_in(keys, count), tree.num_leaves)
         correct1, correct2 = 1 - beta1**count, 1 - beta2**count
 
         def one(gradient: Array, key: Array, mean: Codes, square: Codes) -> tuple:
+            if gradient.ndim > 2:  # layer by layer: floats of one exist at a time
+                keys = jax.random.split(key, len(gradient))
+                parts = (gradient, keys, mean, square)
+                return jax.lax.map(lambda part: one(*part), parts)
             exact = gradient.astype(jnp.float32)
             m = beta1 * decode(mean, MEAN) + (1 - beta1) * exact
             v = beta2 * decode(square, SQUARE) + (1 - beta2) * jnp.square(exact)
@@ -149,7 +153,7 @@ def _zeros(like: Array, scheme: _Scheme) -> Codes:
 
 
 def _block(shape: tuple[int, ...]) -> int:
-    """Numbers of a block: a power of 2, so that shards of the dimension hold whole ones.
+    """Numbers of a block: a power of 2, so that shards mostly hold whole ones.
 
     A dimension that none divides, or only one too small to save anything, is one block.
     """

@@ -28,6 +28,12 @@ def on_host(shardings: Any, tree: Any) -> Any:
     return jax.tree.map(choose, tree, shardings)
 
 
+def put_on_host(tree: Any) -> Any:
+    """Moves arrays that are on devices."""
+    where = jax.tree.map(lambda array: array.sharding, tree)
+    return jax.device_put(tree, on_host(where, tree))
+
+
 def fetch(tree: Any) -> Any:
     """Inside a jitted function: the arrays on the device; those there stay as they are.
 

@@ -276,11 +276,12 @@ class Decoder(nnx.Module):
                 return carry, None
             return carry, count_choices(choice, real)
 
-        body = rematerialize(body, self.options.remat)
         # Accelerators would otherwise multiply float32 in fewer bits.
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
             carry, routing = jax.lax.scan(
-                body, (hidden, cache), (self.blocks, stack_layers(config))
+                rematerialize(body, self.options.remat),
+                (hidden, cache),
+                (self.blocks, stack_layers(config)),
             )
         hidden, cache = carry
         routing = jax.tree.map(lambda layers: jnp.sum(layers, axis=0), routing)
