@@ -174,34 +174,35 @@ def test_moments_are_kept_in_what_they_are_said_to_be():
 
 
 def test_a_square_in_eight_bits_follows_changes_of_a_thousandth_a_step():
-    """From 1 towards 4, two thirds of codes a step: to the nearest, it would stay."""
-    rule = scale_by_int8_adam()
-    start = jnp.ones((4, 256))
+    """Rounded to the nearest code it would stay: codes are 9.5 % apart.
 
-    def step(state: Any, gradient: jax.Array) -> tuple[Any, None]:
-        return rule.update(gradient * start, state)[1], None
+    The first of each block has a larger gradient, which is the scale.
+    """
+    rule, start = scale_by_int8_adam(), jnp.ones((4, 256))
+
+    def step(state: Any, size: jax.Array) -> tuple[Any, None]:
+        return rule.update((size * start).at[:, 0].set(100), state)[1], None
 
     @jax.jit
     def squares() -> jax.Array:
-        state = rule.init(start)
-        gradients = jnp.where(jnp.arange(1000) < 500, 1.0, 2.0)
-        state, _ = jax.lax.scan(step, state, gradients)
+        sizes = jnp.where(jnp.arange(1000) < 500, 1.0, 2.0)
+        state, _ = jax.lax.scan(step, rule.init(start), sizes)
         return decode(Codes(state.square, state.square_scale), SQUARE)
 
     exact = (1 - 0.999**500) * 0.999**500 + 4 * (1 - 0.999**500)
-    np.testing.assert_allclose(jnp.mean(squares()), exact, rtol=0.02)
+    np.testing.assert_allclose(jnp.mean(squares()[:, 1:]), exact, rtol=0.03)
 
 
 @pytest.mark.parametrize("scheme", [MEAN, SQUARE])
 def test_rounding_to_eight_bits_keeps_the_mean(scheme: Any):
-    values = jnp.exp(2 * jax.random.normal(jax.random.key(0), (2, 512)))
+    values = jnp.exp(2 * jax.random.normal(jax.random.key(0), (512,)))
 
     def rounded(key: jax.Array) -> jax.Array:
         return decode(encode(values, scheme, key), scheme)
 
-    keys = jax.random.split(jax.random.key(1), 1000)
-    mean = jnp.mean(jax.vmap(rounded)(keys), axis=0)
-    np.testing.assert_allclose(mean, values, rtol=0.02)
+    keys = jax.random.split(jax.random.key(1), 400)
+    mean = jax.jit(lambda keys: jnp.mean(jax.vmap(rounded)(keys), axis=0))(keys)
+    np.testing.assert_allclose(mean, values, rtol=0.03)
 
 
 def test_moments_in_eight_bits_are_sharded_as_their_parameters():
