@@ -72,7 +72,8 @@ def bench(config: BenchConfig) -> Figures:
     examples = _examples(config, loss, loaded)
     policy = make_policy(config, loss, loaded, mesh)
     num_steps = config.unmeasured_steps + (config.steps or 0)
-    state, training = make_training(config, loss, loaded, policy, mesh, num_steps)
+    training = make_training(config, loss, loaded, policy, mesh, num_steps)
+    state = training.begin()
     counts = num_parameters(state.params), num_parameters(loaded.params)
 
     # -- Steps ------------------------------------------------------------------------

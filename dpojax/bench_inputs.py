@@ -21,7 +21,7 @@ from dpojax.loading import Loaded
 from dpojax.models.decoder import make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.lora import graft
-from dpojax.placing import Keeping, make_adapters, make_kept_model
+from dpojax.placing import Keeping, default_remat, make_adapters, make_kept_model
 from dpojax.prepare import make_new_adapters
 from dpojax.sharding import as_shardings
 
@@ -116,7 +116,11 @@ def make_random_model(config: BenchConfig, mesh: Mesh) -> Loaded:
         lora = new_adapters(make_model(shape).params, settings)
         lora = replace(lora, dropout=config.lora.dropout)
     keeping = Keeping(
-        mesh, config.compute_dtype, config.remat, config.lora.base, config.lora.dropout
+        mesh,
+        config.compute_dtype,
+        config.remat or default_remat(),
+        config.lora.base,
+        config.lora.dropout,
     )
     model = make_kept_model(shape, keeping, lora)
     where = as_shardings(model.params, mesh)

@@ -14,8 +14,10 @@ import tyro
 class OptimizerConfig:
     """How the weights move."""
 
-    name: Literal["adamw", "rmsprop"] = "adamw"
-    """AdamW as in TRL and published runs since Zephyr; RMSprop is the DPO paper's."""
+    name: Literal["adamw", "rmsprop", "adafactor"] = "adamw"
+    """AdamW (TRL, Zephyr), the DPO paper's RMSprop, or Adafactor, the leanest."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How AdamW keeps its moments; bfloat16: the first, int8: both in eight bits."""
     learning_rate: float | None = None
     """Peak rate. Default: that of `dpojax losses`; for adapters ten times it."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -188,8 +190,14 @@ class TrainConfig:
 
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
-    remat: bool = True
-    """Recompute each layer in the backward pass instead of keeping its inside."""
+    remat: Literal["none", "dots", "save_attention", "full", "offload"] | None = None
+    """What of a layer is not kept but recomputed. Default: full, on a CPU none."""
+    offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    """What is kept in the host's memory: optimizer (its moments), reference or both."""
+    fit: bool = False
+    """Find the fastest `remat`, and as many `microbatches` as it takes, that fit."""
+    memory_limit: float | None = None
+    """GiB of a device that --fit may use. Default: what the device has."""
     chunk_size: int = 512
     """Positions of each device's rows whose logits exist at one time."""
 

@@ -22,6 +22,7 @@ from dpojax.models.huggingface import (
 )
 from dpojax.models.lora import LoraShape, graft, split_adapters
 from dpojax.models.peft import has_score, is_adapter, read_base_name, read_shape
+from dpojax.models.remat import Remat
 from dpojax.placing import (
     BaseDtype,
     Keeping,
@@ -65,7 +66,7 @@ def load_model(
     mesh: Mesh,
     *,
     compute_dtype: str | None,
-    remat: bool = False,
+    remat: Remat = "none",
     new_adapters: NewAdapters | None = None,
     base_dtype: BaseDtype | None = None,
     dropout: float = 0.0,
@@ -77,7 +78,7 @@ def load_model(
       name: a directory of a model or of adapters, or a hub name.
       mesh: where the parameters go.
       compute_dtype: dtype of activations; None is bfloat16, on a CPU float32.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass keeps of each layer.
       new_adapters: decides which adapters a model gets.
       base_dtype: how the base of adapters is kept; None: in `compute_dtype`.
       dropout: of what enters adapters, in training.
@@ -102,7 +103,7 @@ def load_reward_model(
     mesh: Mesh,
     *,
     compute_dtype: str | None,
-    remat: bool = False,
+    remat: Remat = "none",
     new_adapters: NewAdapters | None = None,
     base_dtype: BaseDtype | None = None,
     dropout: float = 0.0,
@@ -118,7 +119,7 @@ def load_reward_model(
       name: a directory of a model or of adapters, or a hub name.
       mesh: where the parameters go.
       compute_dtype: dtype of activations; None is bfloat16, on a CPU float32.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass keeps of each layer.
       new_adapters: decides which adapters a model gets.
       base_dtype: how the base of adapters is kept; None: in `compute_dtype`.
       dropout: of what enters adapters, in training.

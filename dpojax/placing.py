@@ -18,6 +18,7 @@ from dpojax.models.huggingface import read_params, read_settings
 from dpojax.models.lora import LoraShape, start_adapters
 from dpojax.models.peft import read_adapters
 from dpojax.models.quantized import make_quantize
+from dpojax.models.remat import Remat
 from dpojax.sharding import as_shardings, make_by_shard, make_constrain
 
 BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
@@ -28,7 +29,7 @@ class Keeping(NamedTuple):
 
     mesh: Mesh
     compute_dtype: str | None  # None: bfloat16, on a CPU float32
-    remat: bool
+    remat: Remat
     base_dtype: BaseDtype | None  # of a base of adapters; None: as it computes
     dropout: float  # of what enters adapters, in training
 
@@ -66,6 +67,11 @@ def make_kept_model(
 def default_dtype() -> str:
     """bfloat16 where the hardware multiplies it fast."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def default_remat() -> Remat:
+    """On accelerators memory is short; a CPU's models are small, and time is."""
+    return "none" if jax.default_backend() == "cpu" else "full"
 
 
 def read_base(directory: Path, model: Model, mesh: Mesh, seed: int) -> Params:

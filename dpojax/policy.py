@@ -18,6 +18,8 @@ from dpojax.models.decoder import Model
 from dpojax.models.huggingface import write_model
 from dpojax.models.lora import Frozen, graft, make_roles, split_adapters
 from dpojax.models.peft import write_adapters
+from dpojax.offloading import fetch_parameters, put_on_host
+from dpojax.placing import Keeping, default_remat, make_kept_model
 from dpojax.prepare import make_new_adapters
 from dpojax.reference import Params, copy_params
 from dpojax.train_step import Roles, all_weights
@@ -41,16 +43,32 @@ def load_policy(config: TrainConfig, loss: Loss, mesh: Mesh) -> Loaded:
     """
     assert config.model is not None
     load = load_reward_model if "reward_head" in loss.needs else load_model
-    return load(
+    loaded = load(
         config.model,
         mesh,
         compute_dtype=config.compute_dtype,
-        remat=config.remat,
         new_adapters=make_new_adapters(config.lora),
         base_dtype=config.lora.base,
         dropout=config.lora.dropout,
         seed=config.seed,
     )
+    return computed(loaded, config, mesh)
+
+
+def computed(loaded: Loaded, config: TrainConfig, mesh: Mesh) -> Loaded:
+    """The same parameters with functions that keep and fetch what settings say."""
+    lora = config.lora
+    keeping = Keeping(
+        mesh,
+        config.compute_dtype,
+        config.remat or default_remat(),
+        lora.base,
+        lora.dropout,
+    )
+    model = make_kept_model(loaded.model.config, keeping, loaded.model.lora)
+    if "reference" in config.offload:
+        model = model._replace(apply=fetch_parameters(model.apply))
+    return loaded._replace(model=model)
 
 
 def make_policy(config: TrainConfig, loss: Loss, loaded: Loaded, mesh: Mesh) -> Policy:
@@ -67,8 +85,15 @@ def make_policy(config: TrainConfig, loss: Loss, loaded: Loaded, mesh: Mesh) -> 
     if lora is None:
         if needed and reference is None:
             reference = copy_params(loaded.params)  # the step takes the policy's own
+        if "reference" in config.offload:
+            reference = put_on_host(reference)
         return Policy(
             loaded.params, reference, all_weights, reference, lambda params: params
+        )
+    if "reference" in config.offload:
+        raise ValueError(
+            "The reference of adapters is their base, which the policy needs as well; "
+            "leave out --offload reference."
         )
     if config.moving.kind != "none":
         raise ValueError(

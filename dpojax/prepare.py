@@ -27,7 +27,7 @@ from dpojax.losses.objective import Objective
 from dpojax.losses.table import OBJECTIVES
 from dpojax.models.adapter_modules import choose_modules
 from dpojax.models.lora import LoraShape
-from dpojax.optimizer import make_schedule
+from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.progress import say
 from dpojax.reference import Movement, Params, bema, tr_dpo
 from dpojax.user_code import load_names
@@ -176,6 +176,22 @@ def configured_schedule(
         learning_rate=default_rate if rate is None else rate,
         num_steps=num_steps,
         warmup_steps=math.ceil(warmup * num_steps if warmup < 1 else warmup),
+    )
+
+
+def configured_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """The optimiser that settings name."""
+    return make_optimizer(
+        config.name,
+        schedule,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        epsilon=config.epsilon,
+        moments=config.moments,
     )
 
 

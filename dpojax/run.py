@@ -1,7 +1,7 @@
 """The loop: one run from its configuration to a model directory, chapter by chapter."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,16 @@ import jax
 import numpy as np
 
 from dpojax import metrics
+from dpojax.batch import Batch
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
 from dpojax.data.loader import fingerprint, training_batches
 from dpojax.data.packing import Example, with_mismatched
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
+from dpojax.fitting import check_memory, fit
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
-from dpojax.policy import load_policy, make_policy, write_trained
+from dpojax.policy import computed, load_policy, make_policy, write_trained
 from dpojax.prepare import balance_advice, check_training, make_configured_loss
 from dpojax.progress import say, track
 from dpojax.reference import Params
@@ -66,6 +68,7 @@ def run(config: TrainConfig) -> Result:
     loss = make_configured_loss(config.loss)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_training(config, loss)
+    memory = check_memory(config, loss)
     directory = choose_directory(config)
 
     # -- Model, data and reference ----------------------------------------------------
@@ -94,7 +97,33 @@ def run(config: TrainConfig) -> Result:
     stop = num_steps if config.stop_after is None else config.stop_after
     if stop > num_steps:
         raise ValueError(f"stop_after is {stop}, but the run has {num_steps} steps.")
-    state, training = make_training(config, loss, loaded, policy, mesh, num_steps)
+
+    def batches_of(start: int, stop: int, num_microbatches: int) -> Iterator[Batch]:
+        return training_batches(
+            train,
+            batch_size=config.batch_size,
+            num_seen=num_seen,
+            seed=config.seed,
+            start=start,
+            stop=stop,
+            row_multiple=num_microbatches * num_row_shards(mesh),
+            mismatch_within=mismatch_within,
+        )
+
+    if memory is not None:
+        config = fit(
+            config,
+            loss,
+            loaded,
+            policy,
+            mesh,
+            num_steps=num_steps,
+            limit=memory,
+            first_batch=lambda num_parts: next(batches_of(0, 1, num_parts)),
+        )
+        loaded = computed(loaded, config, mesh)
+    training = make_training(config, loss, loaded, policy, mesh, num_steps)
+    state = training.begin()
 
     # -- Resume: the state first, then what depends on its step -----------------------
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
@@ -149,17 +178,6 @@ def run(config: TrainConfig) -> Result:
         last, last_at = first, 0
 
     # -- The loop ---------------------------------------------------------------------
-    batches = training_batches(
-        train,
-        batch_size=config.batch_size,
-        num_seen=num_seen,
-        seed=config.seed,
-        start=step,
-        stop=stop,
-        row_multiple=config.microbatches * num_row_shards(mesh),
-        mismatch_within=mismatch_within,
-    )
-
     def logged(step: int, values: dict[str, float]) -> None:
         values["learning_rate"] = float(training.learning_rates[step - 1])
         values["epoch"] = min(step * config.batch_size, num_seen) / len(train)
@@ -168,6 +186,7 @@ def run(config: TrainConfig) -> Result:
             say(figures_line(f"train step {step}", values))
 
     steps = StepLog(logged)
+    batches = batches_of(step, stop, config.microbatches)
     bar = track("Training", total=num_steps, done=step)
     with closing(checkpoints), bar as advance:
         for batch, placed in put_ahead(batches, placement.put):

@@ -27,7 +27,8 @@ from dpojax.spread import ALONE, Spread
 from dpojax.vocabulary.tiles import TILE
 
 Running = dict[str, Any]
-TrainStep = Callable[["TrainState", Params | None, Batch], tuple["TrainState", Sums]]
+# (state, reference, batch) -> (state, sums), jitted
+TrainStep = jax.stages.Wrapped
 EvalStep = Callable[..., Sums]  # (params, reference, batch, running=...)
 # (what is trained, what is frozen, step) -> parameters of policy and reference
 Roles = Callable[[Params, Any, Array], tuple[Params, Params | None]]

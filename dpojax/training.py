@@ -4,25 +4,31 @@ This file reads settings, so that a benchmark times what training does; it knows
 and no files.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
+from dpojax.beginning import begin, state_shapes
 from dpojax.config import TrainConfig
 from dpojax.data.packing import Example
 from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
 from dpojax.models.families import aux_loss_coefficient
-from dpojax.optimizer import make_optimizer
+from dpojax.offloading import fetch_state
 from dpojax.policy import Policy, default_learning_rate
-from dpojax.prepare import configured_schedule, load_examples, make_movement
-from dpojax.reference import Movement
-from dpojax.sharding import as_shardings, rows_sharding
+from dpojax.prepare import (
+    configured_optimizer,
+    configured_schedule,
+    load_examples,
+    make_movement,
+)
+from dpojax.sharding import rows_sharding
 from dpojax.spread import Spread
 from dpojax.train_step import TrainState, TrainStep, make_train_step
 
@@ -35,6 +41,8 @@ class Training(NamedTuple):
     # Of each step; computed once, since in the loop it would wait behind the steps that
     # the devices still have to take.
     learning_rates: np.ndarray
+    shapes: TrainState  # the state's, with shardings
+    begin: Callable[[], TrainState]  # makes it; the policy's arrays become part of it
 
 
 def make_training(
@@ -44,19 +52,16 @@ def make_training(
     policy: Policy,
     mesh: Mesh,
     num_steps: int,
-) -> tuple[TrainState, Training]:
-    """Puts the train step together; nothing is compiled but what makes the state.
+) -> Training:
+    """Puts the train step together; nothing is compiled or allocated.
 
     Args:
       config: the settings.
       loss: the objective.
       loaded: the model.
-      policy: what of it is trained; its arrays become part of the state.
+      policy: what of it is trained.
       mesh: where everything is.
       num_steps: of the whole run, which decides the schedule.
-
-    Returns:
-      The state before the first step, which the step takes over, and the rest.
 
     Raises:
       ValueError: for settings of the optimiser or of a moving reference that cannot be.
@@ -64,16 +69,11 @@ def make_training(
     movement = make_movement(config.moving, loss)
     rate = default_learning_rate(loss, loaded)
     schedule = configured_schedule(config.optimizer, rate, num_steps)
-    optimizer = make_optimizer(
-        config.optimizer.name,
-        schedule,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        weight_decay=config.optimizer.weight_decay,
-        beta1=config.optimizer.beta1,
-        beta2=config.optimizer.beta2,
-        epsilon=config.optimizer.epsilon,
-    )
-    state = _init_state(policy, optimizer, loss, movement, mesh)
+    optimizer = configured_optimizer(config.optimizer, schedule)
+    if "optimizer" in config.offload:
+        optimizer = fetch_state(optimizer)
+    parts = (policy.trained, policy.reference, optimizer, loss, movement)
+    shapes = state_shapes(*parts, mesh, config.offload)
     step = make_train_step(
         loaded.model.apply,
         loss,
@@ -84,13 +84,13 @@ def make_training(
         movement=movement,
         roles=policy.roles,
         aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
-        state_shardings=jax.tree.map(lambda array: array.sharding, state),
+        state_shardings=jax.tree.map(lambda shape: shape.sharding, shapes),
         rows_sharding=rows_sharding(mesh),
     )
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)))
     # A reference that moves is in the state.
     frozen = None if movement is not None else policy.frozen
-    return state, Training(step, frozen, rates)
+    return Training(step, frozen, rates, shapes, partial(begin, *parts, shapes))
 
 
 def read_examples(
@@ -113,20 +113,3 @@ def read_examples(
         too_long=config.too_long,
         turns=config.turns,
     )
-
-
-def _init_state(
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    loss: Loss,
-    movement: Movement | None,
-    mesh: Mesh,
-) -> TrainState:
-    """The state before the first step; the policy's own arrays are part of it."""
-    params = policy.trained
-    opt_shapes = jax.eval_shape(optimizer.init, params)
-    init = jax.jit(optimizer.init, out_shardings=as_shardings(opt_shapes, mesh))
-    moving = {} if movement is None else movement.init(params, policy.reference)
-    step = jnp.zeros((), jnp.int32)
-    state = TrainState(step, params, init(params), loss.initial_running(), moving)
-    return jax.device_put(state, as_shardings(state, mesh))

@@ -366,7 +366,7 @@ def test_no_token_leaves_its_device_for_an_expert(tmp_path: Path):
     write_model(tmp_path / "model", params, settings, tokenizer.save_pretrained)
     loaded = load_model(str(tmp_path / "model"), mesh, compute_dtype="float32")
     dense = make_model(
-        replace(config, experts=None), constrain=make_constrain(mesh), remat=False
+        replace(config, experts=None), constrain=make_constrain(mesh), remat="none"
     )
     batch = make_batch(length=23)
 

@@ -88,7 +88,7 @@ def random_like(params: Params) -> Params:
 def loss_and_gradient(settings: dict[str, Any], mesh: Any = None) -> tuple:
     """Of one step, as training takes it."""
     pin = (lambda hidden: hidden) if mesh is None else make_constrain(mesh)
-    model = make_model(as_decoder_config(settings), constrain=pin, remat=False)
+    model = make_model(as_decoder_config(settings), constrain=pin, remat="none")
     loss, optimizer = make_loss("simpo"), keep_gradient()  # no reference to compile
     state = init_state(random_like(model.params), optimizer, loss)
     first, *others = make_examples()

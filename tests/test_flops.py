@@ -98,7 +98,7 @@ def test_the_compiler_counts_the_same(backward: bool):
         mlp_width=512,
     )
     batch = as_batch([[pair(32, 16, 17)]] * 4, length=64)
-    model = make_model(config, remat=False)
+    model = make_model(config, remat="none")
 
     def total(params: dict) -> jax.Array:
         hidden, head = model.apply(params, batch)

@@ -37,7 +37,7 @@ NEVER = -1  # an end-of-sequence token that no logit stands for
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return make_model(CONFIG, remat=False)
+    return make_model(CONFIG, remat="none")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_greedy_decoding_equals_that_of_transformers(tmp_path: Path):
         do_sample=False,
         max_new_tokens=NUM_NEW,
     )
-    model = make_model(as_decoder_config(read_settings(tmp_path)), remat=False)
+    model = make_model(as_decoder_config(read_settings(tmp_path)), remat="none")
     whole = SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: whole, model.params)
     params = read_params(tmp_path, model.params, shardings)

@@ -79,7 +79,7 @@ def make_theirs(variant: str) -> Any:
 
 
 def load(directory: Path, shardings: Any = None) -> Loaded:
-    model = make_model(as_decoder_config(read_settings(directory)), remat=False)
+    model = make_model(as_decoder_config(read_settings(directory)), remat="none")
     if shardings is None:
         whole = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: whole, model.params)
@@ -169,7 +169,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Loaded]:
     config = as_decoder_config(
         {"model_type": "llama", "rms_norm_eps": 1e-5, "head_dim": 16} | SIZES
     )
-    model = make_model(config, remat=False)
+    model = make_model(config, remat="none")
     params = jax.jit(model.init)(jax.random.key(1))
     directory = tmp_path_factory.mktemp("models") / "made"
     write_model(directory, params, as_settings(config), lambda _: None)
@@ -196,7 +196,7 @@ def test_transformers_loads_a_written_model(tied: bool, tmp_path: Path):
 
     settings = {"model_type": "llama", "tie_word_embeddings": tied, **SIZES}
     config = as_decoder_config(settings)
-    model = make_model(config, remat=False)
+    model = make_model(config, remat="none")
     ours = Loaded(model, jax.jit(model.init)(jax.random.key(2)))
     write_model(tmp_path / "ours", ours.params, as_settings(config), lambda _: None)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()

@@ -43,15 +43,15 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         if found[-1] != "fetch":
             found.append("fetch")
 
-    def make_watched(*args: Any) -> tuple[Any, Training]:
-        state, training = make(*args)
+    def make_watched(*args: Any) -> Training:
+        training = make(*args)
 
         def step(*args: Any) -> tuple[Any, Any]:
             found.append(1 + sum(event != "fetch" for event in found))
             state, sums = training.step(*args)
             return state, jax.tree.map(lambda leaf: Watched(leaf, fetched), sums)
 
-        return state, training._replace(step=step)
+        return training._replace(step=step)
 
     monkeypatch.setattr(run_module, "make_training", make_watched)
     return found

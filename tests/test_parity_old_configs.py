@@ -150,7 +150,7 @@ def test_an_old_config_is_read_as_transformers_reads_it(name: str, tmp_path: Pat
     theirs = make_directory(tmp_path, CONFIGS[name])
     import torch
 
-    model = make_model(as_decoder_config(read_settings(tmp_path)), remat=False)
+    model = make_model(as_decoder_config(read_settings(tmp_path)), remat="none")
     params = read(tmp_path, model)
     random = np.random.default_rng(0)
     tokens = random.integers(3, 97, LENGTH).astype(np.int32)

@@ -48,7 +48,7 @@ def make_pair(
     """A model of transformers, saved and read."""
     theirs = make_theirs(family, changes, seed=seed)
     theirs.save_pretrained(directory)
-    model = make_model(as_decoder_config(read_settings(directory)), remat=False)
+    model = make_model(as_decoder_config(read_settings(directory)), remat="none")
     return Pair(theirs, directory, model, read(directory, model))
 
 

@@ -34,6 +34,7 @@ from dpojax.models.layers import (
 from dpojax.models.linear import Attend, Options
 from dpojax.models.lora import LoraShape, split_adapters
 from dpojax.models.quantized import Quantization
+from dpojax.models.remat import Remat, as_residual, rematerialize
 from dpojax.models.shape import DecoderConfig
 from dpojax.routing import Routing, count_choices
 
@@ -66,7 +67,7 @@ def make_model(
     *,
     compute_dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
-    remat: bool = True,
+    remat: Remat = "full",
     constrain: Callable[[Array], Array] = lambda hidden: hidden,
     by_shard: ByShard = alone,
     quantization: Quantization | None = None,
@@ -80,7 +81,7 @@ def make_model(
       config: its shape.
       compute_dtype: dtype of activations and matrix products.
       param_dtype: dtype in which parameters are kept.
-      remat: recompute each layer in the backward pass instead of keeping its inside.
+      remat: what the backward pass keeps of each layer, see `dpojax.models.remat`.
       constrain: pins the sharding of hidden states ``[rows, length, width]``.
       by_shard: makes experts be computed by each shard of rows for itself.
       quantization: kernels may be quantised so, see `dpojax.models.quantized`.
@@ -288,6 +289,7 @@ class Decoder(nnx.Module):
 
         def body(carry: tuple, block_and_layer: tuple) -> tuple[tuple, Any]:
             (hidden, cache), (block, layer) = carry, block_and_layer
+            hidden = as_residual(hidden)
             rotate, attend_here = rotation(layer), partial(attend, layer=layer)
             hidden, cache, choice = block(hidden, rotate, attend_here, cache)
             carry = constrain(hidden), cache
@@ -295,13 +297,14 @@ class Decoder(nnx.Module):
                 return carry, None
             return carry, count_choices(choice, real)
 
-        if self.options.remat:
-            body = jax.checkpoint(body)
         # Accelerators would otherwise multiply float32 in fewer bits.
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
             layers = self.blocks, stack_layers(config)
             carry, routing = jax.lax.scan(
-                body, (hidden, cache), layers, unroll=self.options.unroll
+                rematerialize(body, self.options.remat),
+                (hidden, cache),
+                layers,
+                unroll=self.options.unroll,
             )
         hidden, cache = carry
         routing = jax.tree.map(lambda layers: jnp.sum(layers, axis=0), routing)

@@ -15,6 +15,7 @@ from dpojax.models.blockwise import blockwise_attention
 from dpojax.models.experts import ByShard, alone
 from dpojax.models.lora import Lora, LoraShape
 from dpojax.models.quantized import Quantization, QuantizedKernel
+from dpojax.models.remat import Remat
 
 # (query, key, value, example, branch, window=, scale=, cap=) -> attended values
 Attend = Callable[..., Array]
@@ -25,7 +26,7 @@ class Options(NamedTuple):
 
     compute_dtype: Any
     param_dtype: Any
-    remat: bool
+    remat: Remat
     constrain: Callable[[Array], Array]
     by_shard: ByShard = alone
     quantization: Quantization | None = None  # of projections' kernels

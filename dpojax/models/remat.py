@@ -1,0 +1,57 @@
+"""What the backward pass finds of each layer: kept, recomputed, or moved to the host.
+
+Layers are scanned, and of each the scan keeps for the backward pass what a policy says.
+Values are known by the names that layers give them; this file knows no layer.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+Remat = Literal["none", "dots", "save_attention", "full", "offload"]
+Body = Callable[[Any, Any], tuple[Any, Any]]  # of a scan
+
+_policies = jax.checkpoint_policies
+_ATTENTION, _RESIDUAL = "attention", "residual"
+_SAVE_ATTENTION = _policies.save_only_these_names(_ATTENTION)
+_POLICIES = {
+    # Products of hidden states and weights, not those of queries and keys, whose size
+    # is quadratic in the length.
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
+    ),
+    "save_attention": _SAVE_ATTENTION,
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_RESIDUAL],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def rematerialize(body: Body, remat: Remat) -> Body:
+    """A scan's body of which the backward pass keeps what a policy says.
+
+    Args:
+      body: one layer: the carry and what is scanned to the carry and what is stacked.
+      remat: ``none`` keeps everything inside a layer; ``dots`` the results of its
+        projections and of attention; ``save_attention`` that of attention and what
+        else its kernel hands to the backward pass; ``full`` nothing but the layer's
+        input; ``offload`` not even that on the device, but on its host.
+    """
+    return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat])
+
+
+def as_attention(attended: Array) -> Array:
+    """Names what attention returns."""
+    return checkpoint_name(attended, _ATTENTION)
+
+
+def as_residual(hidden: Array) -> Array:
+    """Names the hidden states that enter a layer."""
+    return checkpoint_name(hidden, _RESIDUAL)

@@ -1,0 +1,71 @@
+"""What the backward pass keeps of a layer changes memory and work, and no number."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpojax.data.packing import Example, as_batch
+from dpojax.models.decoder import DecoderConfig, make_model
+from dpojax.models.remat import Remat
+from dpojax.sharding import make_constrain, make_mesh, rows_sharding
+
+CONFIG = DecoderConfig(
+    vocabulary_size=64,
+    width=32,
+    num_layers=3,
+    num_heads=4,
+    num_key_heads=2,
+    head_dimension=8,
+    mlp_width=48,
+)
+
+
+class Gradient(NamedTuple):
+    numbers: list[np.ndarray]  # the loss, then its gradients
+    flops: float  # of the compiled program, a layer's counted once
+    on_host: bool  # whether anything is kept there
+
+
+@lru_cache
+def gradient_of(remat: Remat) -> Gradient:
+    """Of a sum of squared hidden states, rows on four devices."""
+    mesh = make_mesh()
+    model = make_model(CONFIG, remat=remat, constrain=make_constrain(mesh))
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return jnp.sum(jnp.square(model.apply(params, batch)[0]))
+
+    tokens = np.random.default_rng(0).integers(1, 64, (4, 3, 7)).astype(np.int32)
+    rows = [[Example(prompt, (one, two))] for prompt, one, two in tokens]
+    batch = jax.device_put(as_batch(rows, length=24), rows_sharding(mesh))
+    params = jax.jit(model.init)(jax.random.key(0))
+    traced = jax.jit(jax.value_and_grad(loss)).trace(params, batch)
+    compiled = traced.lower().compile()
+    costs: Any = compiled.cost_analysis()
+    numbers = [np.asarray(x) for x in jax.tree.leaves(compiled(params, batch))]
+    # As CPUs have one memory, the compiled program does not say it.
+    return Gradient(numbers, costs["flops"], "<host>" in str(traced.jaxpr))
+
+
+@pytest.mark.parametrize("remat", [name for name in get_args(Remat) if name != "none"])
+def test_loss_and_gradients_equal_those_of_keeping_everything(remat: Remat):
+    for found, expected in zip(
+        gradient_of(remat).numbers, gradient_of("none").numbers, strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_policy_recomputes_less_than_the_leaner_one():
+    names: list[Remat] = ["none", "dots", "save_attention", "full"]
+    flops = [gradient_of(name).flops for name in names]
+    assert flops == sorted(flops)
+    assert len(set(flops)) == len(flops)
+
+
+def test_offloading_alone_moves_anything_to_the_host():
+    on_host = [name for name in get_args(Remat) if gradient_of(name).on_host]
+    assert on_host == ["offload"]
