@@ -69,9 +69,10 @@ def main(inputs: Inputs) -> None:
         examples = read(inputs.data, tokenizer, inputs.max_length)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokens = {
+    settings = {
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "rope_theta": 1_000_000.0,  # Tunix 0.1.7 has this one, whatever the config says
     }
     largest = max(max(tokenizer.get_vocab().values()), most(examples))
     if largest >= vocabulary:
@@ -79,7 +80,7 @@ def main(inputs: Inputs) -> None:
     write_model(
         inputs.output / "model",
         loaded.params,
-        loaded.settings | tokens,
+        loaded.settings | settings,
         tokenizer.save_pretrained,
     )
     write_json_lines(inputs.output / "examples.jsonl", as_rows(examples))
