@@ -13,14 +13,23 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dpojax.models import flash_kernels as kernels
 from dpojax.models.attention import Window
+from dpojax.models.flash_calls import (
+    Inputs,
+    Slopes,
+    backward_to_key,
+    backward_to_query,
+    forward,
+)
 from dpojax.models.flash_kernels import LANES, Settings
-from dpojax.models.flash_plan import Facts, Plan, make_facts, make_plans
+from dpojax.models.flash_plan import Facts, Plan, count_pairs, make_facts, make_plans
 
-KEPT = "attention"  # names what the forward pass keeps, for policies of `jax.checkpoint`
+KEPT = (
+    "attention"  # names what the forward pass keeps, for policies of `jax.checkpoint`
+)
 _LARGEST_BLOCK = 512
 _LARGEST_DIMENSION = 256
+_MOST_PAIRS = 40_000  # six integers each, in 1 MiB of scalar memory
 
 
 class _Rows(NamedTuple):
@@ -93,9 +102,9 @@ def flash_attention(
         window = Window(lengthen(window.position), window.size)
     plans = make_plans(example, branch, window, block)
     rows = _Rows(make_facts(example, branch, window), *plans)
-    heads = (lengthen(array).swapaxes(1, 2) for array in (query, key, value))
-    attended = _flash(settings, *heads, rows)
-    return attended.swapaxes(1, 2)[:, :length]
+    query, key, value = lengthen(query), lengthen(key), lengthen(value)
+    attended: Any = _flash(settings, query, key, value, rows)
+    return attended[:, :length]
 
 
 def choose_block(length: int) -> int:
@@ -111,7 +120,7 @@ def _refuse(query: Array, key: Array, value: Array, block: int, is_free: bool) -
             f"Flash attention was given queries, keys and values of {dtypes}; it takes "
             "all three in float32 or all in bfloat16: set the compute dtype to one."
         )
-    num_heads, dimension = query.shape[2:]
+    num_rows, length, num_heads, dimension = query.shape
     if num_heads % key.shape[2]:
         raise ValueError(
             f"Flash attention was given {num_heads} heads of queries and {key.shape[2]}"
@@ -127,34 +136,48 @@ def _refuse(query: Array, key: Array, value: Array, block: int, is_free: bool) -
             f"Flash attention was given blocks of {block} tokens; on a TPU they are "
             f"multiples of {LANES}."
         )
+    num_pairs = count_pairs(num_rows, -(-length // block))
+    if num_pairs > _MOST_PAIRS:
+        raise ValueError(
+            f"Flash attention was given {num_rows} rows of {length} tokens on a device,"
+            f" {num_pairs} pairs of blocks of {block}; a TPU has room for the plan of "
+            f"{_MOST_PAIRS}: give it fewer rows at a time."
+        )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(
     settings: Settings, query: Array, key: Array, value: Array, rows: _Rows
 ) -> Array:
-    return kernels.forward(settings, query, key, value, rows.facts, rows.by_query)[0]
+    return _flash_forward(settings, query, key, value, rows)[0]
 
 
 def _flash_forward(
     settings: Settings, query: Array, key: Array, value: Array, rows: _Rows
 ) -> tuple[Array, tuple[Any, ...]]:
-    found = kernels.forward(settings, query, key, value, rows.facts, rows.by_query)
+    heads = _heads_first(query), _heads_first(key), _heads_first(value)
+    inputs = Inputs(*heads, rows.facts)
+    found = forward(settings, inputs, rows.by_query)
     attended, logsumexp = checkpoint_name(found, KEPT)
-    return attended, (query, key, value, rows, attended, logsumexp)
+    return _heads_first(attended), (inputs, rows, attended, logsumexp)
 
 
 def _flash_backward(
     settings: Settings, kept: tuple[Any, ...], slope: Array
 ) -> tuple[Array, Array, Array, None]:
-    query, key, value, rows, attended, logsumexp = kept
+    inputs, rows, attended, logsumexp = kept
+    slope = _heads_first(slope)
     product = attended.astype(jnp.float32) * slope.astype(jnp.float32)
     delta = jnp.sum(product, axis=-1)[:, :, None]
-    of_forward = (settings, query, key, value, rows.facts)
-    of_backward = (slope, logsumexp, delta)
-    to_query = kernels.backward_to_query(*of_forward, rows.by_query, *of_backward)
-    to_key, to_value = kernels.backward_to_key(*of_forward, rows.by_key, *of_backward)
-    return to_query, to_key, to_value, None
+    slopes = Slopes(slope, logsumexp, delta)
+    to_query = backward_to_query(settings, inputs, slopes, rows.by_query)
+    to_key, to_value = backward_to_key(settings, inputs, slopes, rows.by_key)
+    return _heads_first(to_query), _heads_first(to_key), _heads_first(to_value), None
+
+
+def _heads_first(array: Array) -> Array:
+    """Heads before tokens, as kernels need them; and the way back."""
+    return array.swapaxes(1, 2)
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

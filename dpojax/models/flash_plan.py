@@ -9,7 +9,6 @@ though nothing in it is visible, never the other way round. This file knows no k
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -95,6 +94,11 @@ def make_plans(
     return _list(visible), _list(visible.swapaxes(1, 2))
 
 
+def count_pairs(num_rows: int, num_blocks: int) -> int:
+    """The most pairs of a plan: no query sees keys of later blocks."""
+    return num_rows * num_blocks * (num_blocks + 1) // 2
+
+
 def visible_blocks(
     example: Int[Array, "rows length"],
     branch: Int[Array, "rows length"],
@@ -154,7 +158,7 @@ def _list(visible: Int[Array, "rows resting passing"]) -> Plan:
     """The pairs that are visible, and each block's pair with itself."""
     num_rows, num_blocks = visible.shape[:2]
     listed = (visible != NOTHING) | jnp.eye(num_blocks, dtype=bool)
-    most = num_rows * num_blocks * (num_blocks + 1) // 2  # by the order of tokens
+    most = count_pairs(num_rows, num_blocks)
     index = jnp.nonzero(listed.reshape(-1), size=most, fill_value=0)[0]
     count = jnp.sum(listed, dtype=jnp.int32)
     block, passing = jnp.divmod(index.astype(jnp.int32), num_blocks)
