@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpojax.data.packing import Example, pack
@@ -80,12 +80,11 @@ def value_and_gradients(
 
 
 def expect(
-    heads: Heads, rows: Rows, size: jax.Array | None = None, **options: float
+    function: Callable, heads: Heads, rows: Rows, size: jax.Array | None = None
 ) -> Any:
-    """The same by attention, but that padding gets nothing and asks for nothing."""
+    """The same of attention, but that padding gets nothing and asks for nothing."""
     real = rows.real[..., None, None]
     heads = heads._replace(slope=jnp.where(real, heads.slope, 0))
-    function = partial(attention, **options)
     attended, gradients = value_and_gradients(function, heads, rows, size)
     return jnp.where(real, attended, 0), gradients
 
@@ -98,21 +97,27 @@ def assert_equal(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
 def test_values_and_gradients_equal_attention_on_packed_rows():
     rows = make_rows()
     heads = make_heads(rows, 2, 2)
-    function = partial(flash, scale=0.5)
-    found = value_and_gradients(function, heads, rows)
-    assert_equal(found, expect(heads, rows, scale=0.5))
+    found = value_and_gradients(partial(flash, scale=0.5), heads, rows)
+    assert_equal(found, expect(partial(attention, scale=0.5), heads, rows))
     padding = ~rows.real
     for array in jax.tree.leaves(found):
         np.testing.assert_array_equal(array[padding], 0)
 
 
-def test_grouped_capped_heads_under_windows_of_traced_size_equal_attention():
-    rows = make_rows()
-    heads = make_heads(rows, 4, 2)
-    function = partial(flash, cap=1.5)
-    for size in map(jnp.asarray, (1, 17)):
-        found = value_and_gradients(function, heads, rows, size)
-        assert_equal(found, expect(heads, rows, size, cap=1.5))
+def test_grouped_capped_heads_under_windows_equal_attention_on_any_rows():
+    """Also where examples and branches are in no order; sizes of windows are traced."""
+    functions = partial(flash, cap=1.5), partial(attention, cap=1.5)
+    packed = make_rows()
+    heads = make_heads(packed, 4, 2)
+    random = np.random.default_rng(2)
+    for size in map(jnp.asarray, (1, 5, 17, 99)):
+        runs = random.integers(0, 3, (2, 4, 15)).repeat(3, axis=2)
+        mixed = packed._replace(
+            example=jnp.asarray(runs[0]), branch=jnp.asarray(runs[1])
+        )
+        for rows in (packed, mixed):
+            found = value_and_gradients(functions[0], heads, rows, size)
+            assert_equal(found, expect(functions[1], heads, rows, size))
 
 
 def test_bfloat16_is_near_float32_and_stays_bfloat16():
@@ -122,7 +127,7 @@ def test_bfloat16_is_near_float32_and_stays_bfloat16():
     found = value_and_gradients(flash, coarse, rows)
     assert {array.dtype for array in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
     exact = Heads(*(array.astype(jnp.float32) for array in coarse))
-    expected = expect(exact, rows)
+    expected = expect(attention, exact, rows)
     assert_equal(jax.tree.map(lambda x: x.astype(jnp.float32), found), expected, 5e-2)
 
 
@@ -133,13 +138,22 @@ _visible = jax.jit(
 )
 _visible_blocks = jax.jit(visible_blocks, static_argnums=3)
 PLAN_BLOCK = 256
-ids = st.lists(st.integers(0, 3), min_size=8, max_size=8)
+ids = st.lists(st.integers(0, 2), min_size=8, max_size=8)
+# Often whole pieces and blocks.
+lengths_of_runs = st.lists(st.sampled_from([1, 128, 200, 256]), min_size=8, max_size=8)
 
 
-@given(ids, ids, st.lists(st.integers(1, 150), min_size=8, max_size=8), st.data())
-@settings(deadline=None, derandomize=True, database=None, max_examples=40)
-def test_no_visible_block_is_left_out_and_no_block_is_taken_for_whole_that_is_not(
-    examples: list[int], branches: list[int], lengths: list[int], data: st.DataObject
+windows = st.tuples(st.sampled_from([100, 2000]), st.sampled_from([1, 200, 600]))
+
+
+@given(ids, ids, lengths_of_runs, st.none() | windows)
+@example([1] * 8, [0] * 8, [128] * 8, (2000, 450))
+@settings(deadline=None, derandomize=True, database=None, max_examples=80)
+def test_no_visible_block_is_left_out_and_none_is_taken_for_whole_that_is_not(
+    examples: list[int],
+    branches: list[int],
+    lengths: list[int],
+    period_and_size: tuple[int, int] | None,
 ):
     total = 4 * PLAN_BLOCK
 
@@ -149,9 +163,9 @@ def test_no_visible_block_is_left_out_and_no_block_is_taken_for_whole_that_is_no
 
     example, branch = spread(examples), spread(branches)
     window = None
-    if data.draw(st.booleans()):
-        position = jnp.arange(total)[None] % data.draw(st.integers(1, 700))
-        window = Window(position, data.draw(st.integers(1, 500)))
+    if period_and_size is not None:
+        period, size = period_and_size
+        window = Window(jnp.arange(total)[None] % period, size)
     mask = np.asarray(_visible(example, branch, window) & (example > 0)[:, None])
     blocks = mask.reshape(4, PLAN_BLOCK, 4, PLAN_BLOCK).swapaxes(1, 2)
     found = np.asarray(_visible_blocks(example, branch, window, PLAN_BLOCK))[0]
@@ -205,7 +219,7 @@ def test_shards_of_rows_and_heads_equal_the_whole(
     heads = make_heads(rows, 2 * num_key_heads, num_key_heads)
     sharded = make_by_shard_and_head(make_mesh(*sizes))(flash)
     found = value_and_gradients(sharded, heads, rows, size)
-    assert_equal(found, expect(heads, rows, size))
+    assert_equal(found, expect(attention, heads, rows, size))
 
 
 def test_blocks_fill_rows_up_evenly():
