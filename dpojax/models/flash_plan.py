@@ -108,9 +108,8 @@ def visible_blocks(
     """How much each block of queries sees of each block of keys."""
     piece = math.gcd(block, PIECE)
     some, every = _visible_pieces(example, branch, window, piece)
-    num_rows, length = example.shape
-    shape = (num_rows, length // block, block // piece) * 2
-    shape = (*shape[:3], *shape[1:3])
+    by_block = example.shape[1] // block, block // piece
+    shape = (example.shape[0], *by_block, *by_block)
     some = some.reshape(shape).any(axis=(2, 4))
     every = every.reshape(shape).all(axis=(2, 4))
     return jnp.where(every, WHOLLY, jnp.where(some, PARTLY, NOTHING))
