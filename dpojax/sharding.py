@@ -158,6 +158,41 @@ def make_by_shard(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., An
     return by_shard
 
 
+def make_by_shard_and_head(
+    mesh: Mesh,
+) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
+    """Makes attention be computed by each shard of rows and heads for itself.
+
+    XLA does not partition kernels. The function takes arrays of rows first, those of
+    four dimensions with heads third, and numbers; it returns one like the first. Heads
+    are divided by ``tensor`` if it divides all their numbers, else computed by each.
+    """
+
+    def by_shard(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def call(*arrays: Any, **more: Any) -> jax.Array:
+            leaves = jax.tree.leaves((arrays, more))
+            counts = [leaf.shape[2] for leaf in leaves if jnp.ndim(leaf) == 4]
+            divided = all(count % mesh.shape["tensor"] == 0 for count in counts)
+            heads = PartitionSpec(*ROWS, None, "tensor" if divided else None)
+
+            def choose(leaf: Any) -> PartitionSpec:
+                specs = {0: PartitionSpec(), 4: heads}
+                return specs.get(jnp.ndim(leaf), ROWS)
+
+            return jax.shard_map(
+                lambda arrays, more: function(*arrays, **more),
+                mesh=mesh,
+                in_specs=jax.tree.map(choose, (arrays, more)),
+                out_specs=heads,
+                # A kernel does not say along which axes its results differ.
+                check_vma=False,
+            )(arrays, more)
+
+        return function if mesh.size == 1 else call
+
+    return by_shard
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _spread(weights: Any, axes: tuple[str, ...]) -> Any:
     """Weights as each shard's own; their gradients are summed in float32.
