@@ -14,6 +14,7 @@ from dpojax.command_config import (
     GenerateConfig,
     InitConfig,
     LossesConfig,
+    ReferenceConfig,
     ScoreConfig,
 )
 from dpojax.config import TrainConfig
@@ -39,10 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _dispatch(arguments: list[str]) -> None:
     train = TrainConfig()
-    if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].endswith(".py"):
+    takes_file = arguments[:1] in (["train"], ["reference"])
+    if takes_file and arguments[1:2] and arguments[1].endswith(".py"):
         train = _load_experiment(Path(arguments.pop(1)))
+    ahead = ReferenceConfig(**vars(train))
     commands = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
+        | Annotated[ReferenceConfig, tyro.conf.subcommand("reference", default=ahead)]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
         | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
@@ -55,12 +59,15 @@ def _dispatch(arguments: list[str]) -> None:
     from dpojax import commands as command
     from dpojax.chat import chat
     from dpojax.exporting import export
+    from dpojax.precompute import reference
     from dpojax.run import run
     from dpojax.sampling import generate
     from dpojax.scoring import score
     from dpojax.sentiment import run_sentiment
 
     match config:
+        case ReferenceConfig():
+            reference(config)
         case TrainConfig(model=None, data=()):
             run_sentiment(config)
         case TrainConfig():

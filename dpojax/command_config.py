@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dpojax.config import LossConfig, MeshConfig
+from dpojax.config import LossConfig, MeshConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,15 @@ class EvalConfig:
     seed: int = 0
     """Decides the samples."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig(TrainConfig):
+    """Compute the reference's log-probabilities ahead of runs, with the flags of train.
+
+    A run with the same flags and --reference precomputed finds all of them. Flags that
+    do not change them (the optimiser, the length of the run, beta) may be given too.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,10 @@ def make_measure(
       needs: what to measure beside the policy's log-probabilities.
       chunk_size: positions of each shard whose logits exist at one time.
       num_shards: ways in which the rows are divided over devices.
+
+    Returns:
+      ``measure(params, reference, batch)``. Where the batch brings the reference's
+      log-probabilities along, those are taken, and its parameters may be None.
     """
     how = {"chunk_size": chunk_size, "num_shards": num_shards}
 
@@ -81,7 +85,22 @@ def make_measure(
             constant = jax.lax.stop_gradient(policy)
             squares = completion_log_sum_squares(*constant, batch, **how)
             scores = scores._replace(log_sum_squares=squares)
-        if "reference" in needs:
+        if "reference" in needs and batch.reference is not None:
+            if "token_kl" in needs:
+                raise ValueError(
+                    "This loss compares whole distributions, so the log-probabilities "
+                    "in the batch do not do; leave them out and give the reference."
+                )
+            scores = scores._replace(
+                reference=jnp.asarray(batch.reference),
+                reference_prefix=None if prefix is None else batch.reference_prefix,
+            )
+        elif "reference" in needs:
+            if reference is None:
+                raise ValueError(
+                    "This loss needs a reference; give its parameters, or a batch with "
+                    "its log-probabilities."
+                )
             # The same function of other parameters: at step 0 the log-ratio is exactly
             # 0.
             frozen = jax.lax.stop_gradient(apply(reference, batch))

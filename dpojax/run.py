@@ -19,7 +19,6 @@ from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
 from dpojax.data.loader import fingerprint, training_batches
 from dpojax.data.packing import Example, with_mismatched
-from dpojax.data.tokenize import Tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
@@ -32,13 +31,15 @@ from dpojax.policy import (
     make_policy,
     write_trained,
 )
+from dpojax.precompute import precompute
 from dpojax.prepare import (
     balance_advice,
     check_training,
     configured_schedule,
-    load_examples,
+    load_split,
     make_configured_loss,
     make_movement,
+    named_reference,
 )
 from dpojax.progress import say, track
 from dpojax.reference import Movement, Params
@@ -90,8 +91,8 @@ def run(config: TrainConfig) -> Result:
     # -- Model, data and reference ----------------------------------------------------
     loaded = load_policy(config, loss, mesh)
     check_positions(loaded, config.max_length)
-    train = _read_examples(config, loss, loaded.tokenizer, config.train_split)
-    test = _read_examples(config, loss, loaded.tokenizer, config.test_split)
+    train = load_split(config, loss, loaded.tokenizer, config.train_split)
+    test = load_split(config, loss, loaded.tokenizer, config.test_split)
     if "reward_head" in loss.needs:
         train, test = (as_reward_examples(part, loaded) for part in (train, test))
     advice = balance_advice(loss, train)
@@ -101,6 +102,10 @@ def run(config: TrainConfig) -> Result:
     if mismatch_within is not None:
         test = with_mismatched(test, mismatch_within)
     policy = make_policy(config, loss, loaded, mesh)
+    identity = None  # of the precomputed reference
+    if named_reference(config.reference).is_precomputed:
+        (train, test), cache = precompute(config, loaded, mesh, (train, test))
+        identity = cache.identity
 
     # -- Schedule, optimiser and state ------------------------------------------------
     epochs = 1 if config.epochs is None else config.epochs
@@ -132,7 +137,7 @@ def run(config: TrainConfig) -> Result:
 
     # -- Resume: the state first, then what depends on its step -----------------------
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
-    note = make_note(config, fingerprint(train), num_seen)
+    note = make_note(config, fingerprint(train), num_seen, identity)
     step = checkpoints.steps[-1] if config.resume and checkpoints.steps else 0
     if step == 0:  # only now: what was refused above leaves no directory behind
         write_frame(directory, config, loaded)
@@ -304,24 +309,3 @@ def _make_sample_writer(
         return sample_metrics(completions, loaded.eos_token)
 
     return sampled
-
-
-def _read_examples(
-    config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
-) -> list[Example]:
-    return load_examples(
-        config.data,
-        loss,
-        tokenizer,
-        split=split,
-        # What is held out stands once, however often training repeats it.
-        weights=config.data_weights if split == config.train_split else None,
-        columns=config.columns,
-        test_size=config.test_size,
-        max_examples=config.max_examples,
-        pairs_from=config.pairs_from,
-        rejection_beta=config.rejection_beta,
-        max_length=config.max_length,
-        too_long=config.too_long,
-        turns=config.turns,
-    )
