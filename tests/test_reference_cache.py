@@ -130,7 +130,7 @@ def test_loss_and_gradients_are_those_of_the_reference_in_every_step(
         np.testing.assert_allclose(got, leaf, 1e-5, 1e-5 * np.abs(leaf).max())
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 1e-3)])
 def test_in_other_rows_the_numbers_are_the_same_but_for_rounding(
     dtype: str, bound: float, two: tuple[Any, Any], tmp_path: Path
 ):
@@ -233,10 +233,10 @@ def changed_weights(model: Path, directory: Path, by: float) -> str:
 def test_what_changes_a_number_is_computed_again_and_nothing_else(
     cached: TrainConfig, place: Path, tmp_path: Path, count: Any
 ):
-    """Moved, and of a hash in another order, a model is the same; changed, it is not.
+    """Moved, a model is the same; with one weight changed it is not.
 
-    Adapters change nothing at step 0, and exist beside one base: only precomputed can
-    their reference be another model.
+    Adapters exist beside one base, whose numbers are theirs at step 0. Only precomputed
+    can their reference be another model.
     """
     kept = replace(cached, reference_cache=str(tmp_path / "kept"))
     first = count(kept)
@@ -254,10 +254,10 @@ def test_what_changes_a_number_is_computed_again_and_nothing_else(
     for name, config in same.items():
         assert count(config).computed == 0, name
     other = {
-        "a weight": replace(kept, model=changed),
+        "the model": replace(kept, lora=rank, reference=f"precomputed:{changed}"),
         "the dtype": replace(kept, compute_dtype="bfloat16"),
         "the base": replace(kept, lora=replace(rank, base="int8")),
-        "nothing": replace(kept, lora=rank, reference=f"precomputed:{changed}"),
+        "nothing": replace(kept, model=changed),
     }
     found = {name: count(config).computed for name, config in other.items()}
     assert found == dict.fromkeys(other, 20) | {"nothing": 0}
