@@ -292,6 +292,9 @@ def test_tokens_boundaries_and_masks_make_the_key_and_a_full_mask_is_none():
         full._replace(masks=(np.array([True, False]), np.ones(1, bool))),
     ]
     assert len({hash_example(example) for example in (one, *others)}) == 7
+    half = Example(np.array([5]), (np.array([7, 8]),), masks=(np.arange(2) < 1,))
+    whole = Example(np.array([5, 7]), (np.array([8]),))
+    assert hash_example(half) != hash_example(whole)
 
 
 # -- Files ----------------------------------------------------------------------------
@@ -370,6 +373,19 @@ def test_rows_hold_every_example_once_and_no_more_than_fits(lengths: list[int]):
     rows = fill_rows(lengths, 20)
     assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
     assert all(sum(lengths[place] for place in row) <= 20 for row in rows)
+
+
+def test_by_hand_the_numbers_stand_where_their_completions_do():
+    examples = [
+        one._replace(reference=(-1.0, -float(n)), reference_prefix=(-0.5, -n / 2))
+        for n, one in enumerate(random_examples(3), start=2)
+    ]
+    batch = as_batch([examples[:2], [], examples[2:]], length=96, num_slots=2)
+    assert batch.reference is not None and batch.reference_prefix is not None
+    empty = [0, 0]
+    wanted = [[[-1, -2], [-1, -3]], [empty, empty], [[-1, -4], empty]]
+    assert batch.reference.tolist() == wanted
+    np.testing.assert_array_equal(batch.reference_prefix, np.array(wanted) / 2)
 
 
 def test_batches_with_and_without_the_numbers_are_not_mixed():
