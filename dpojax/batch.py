@@ -40,6 +40,10 @@ class Batch(NamedTuple):
     # What the annotator said of each completion: a rating, or 1 for good and 0 for bad.
     score: Float[Array, "rows slots completions"]
     weight: Float[Array, "rows slots"]  # how much an example counts; 0: no example
+    # Log-probabilities under the reference, nats, where they are known beforehand: of
+    # whole completions, and of as many first tokens as all of their example have.
+    reference: Float[Array, "rows slots completions"] | None = None
+    reference_prefix: Float[Array, "rows slots completions"] | None = None
 
     @property
     def scored(self) -> Bool[Array, "rows length"]:

@@ -31,11 +31,11 @@ from dpojax.measured_steps import (
 )
 from dpojax.placing import default_dtype
 from dpojax.policy import Policy, load_policy, make_policy
-from dpojax.prepare import check_settings, make_configured_loss
+from dpojax.prepare import check_settings, load_split, make_configured_loss
 from dpojax.progress import say, show_table
 from dpojax.run_log import num_parameters
 from dpojax.sharding import make_mesh, make_placement, num_row_shards
-from dpojax.training import make_training, read_examples
+from dpojax.training import make_training
 from dpojax.whole_files import new_file, write_json_lines
 
 Figures = dict[str, Any]
@@ -157,7 +157,7 @@ def _examples(config: BenchConfig, loss: Loss, loaded: Loaded) -> list[Example]:
     vocabulary = loaded.model.config.vocabulary_size
     if config.data:
         check_positions(loaded, config.max_length)
-        examples = read_examples(config, loss, loaded.tokenizer, config.train_split)
+        examples = load_split(config, loss, loaded.tokenizer, config.train_split)
     elif config.token_file is not None:
         examples = read_pairs(Path(config.token_file), vocabulary)
     else:

@@ -15,6 +15,7 @@ from dpojax.command_config import (
     GenerateConfig,
     InitConfig,
     LossesConfig,
+    ReferenceConfig,
     ScoreConfig,
 )
 from dpojax.config import TrainConfig
@@ -40,10 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _dispatch(arguments: list[str]) -> None:
     train = TrainConfig()
-    if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].endswith(".py"):
+    takes_file = arguments[:1] in (["train"], ["reference"])
+    if takes_file and arguments[1:2] and arguments[1].endswith(".py"):
         train = _load_experiment(Path(arguments.pop(1)))
+    ahead = ReferenceConfig(**vars(train))
     commands = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
+        | Annotated[ReferenceConfig, tyro.conf.subcommand("reference", default=ahead)]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
@@ -59,6 +63,7 @@ def _dispatch(arguments: list[str]) -> None:
     from dpojax.chat import chat
     from dpojax.compilation_cache import use_compilation_cache
     from dpojax.exporting import export
+    from dpojax.precompute import reference
     from dpojax.run import run
     from dpojax.sampling import generate
     from dpojax.scoring import score
@@ -66,8 +71,11 @@ def _dispatch(arguments: list[str]) -> None:
 
     use_compilation_cache()
     match config:
-        case BenchConfig():  # before TrainConfig, whose settings it has
+        # Before TrainConfig, whose settings they have.
+        case BenchConfig():
             bench(config)
+        case ReferenceConfig():
+            reference(config)
         case TrainConfig(model=None, data=()):
             run_sentiment(config)
         case TrainConfig():

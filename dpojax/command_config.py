@@ -52,6 +52,15 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceConfig(TrainConfig):
+    """Compute the reference's log-probabilities ahead of runs, with the flags of train.
+
+    A run with the same flags and --reference precomputed finds all of them. Flags that
+    do not change them (the optimiser, the length of the run, beta) may be given too.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossesConfig:
     """Print the table of objectives."""
 

@@ -21,7 +21,7 @@ from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_settings
 from dpojax.models.huggingface import write_model
 from dpojax.objective_table import as_lines, as_markdown
-from dpojax.prepare import load_examples, make_configured_loss
+from dpojax.prepare import load_examples, make_configured_loss, named_reference
 from dpojax.progress import say, show_table
 from dpojax.sharding import Placement, make_mesh, make_placement
 from dpojax.spread import Spread
@@ -90,6 +90,11 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
         )
     if config.reference is None and "reference" in loss.needs:
         raise ValueError(f"The loss {loss.name!r} needs a --reference.")
+    if named_reference(config.reference).is_precomputed:
+        raise ValueError(
+            f"--reference {config.reference} is for training, which sees its examples "
+            "more than once; give the directory of the reference."
+        )
     load = load_reward_model if "reward_head" in loss.needs else load_model
     loaded = load(config.model, mesh, compute_dtype=config.compute_dtype)
     reference = None

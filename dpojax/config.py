@@ -152,7 +152,9 @@ class TrainConfig:
 
     loss: LossConfig = field(default_factory=LossConfig)
     reference: str | None = None
-    """Reference model. Default: the policy as it is at step 0."""
+    """Reference model, precomputed, or precomputed:MODEL. Default: policy at step 0."""
+    reference_cache: str | None = None
+    """Where precomputed numbers are kept. Default: in XDG_CACHE_HOME, or ~/.cache."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     moving: MovingConfig = field(default_factory=MovingConfig)
     pairs_from: Literal["best_worst", "all", "rso"] = "best_worst"

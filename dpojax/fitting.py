@@ -15,6 +15,7 @@ from dpojax.fit import Way, choose, describe, device_memory, ways
 from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
 from dpojax.policy import Policy, computed
+from dpojax.prepare import named_reference
 from dpojax.progress import say
 from dpojax.sharding import num_row_shards, rows_sharding
 from dpojax.training import make_training
@@ -34,6 +35,11 @@ def check_memory(config: TrainConfig, loss: Loss) -> float | None:
             raise ValueError(
                 f"The loss {loss.name!r} uses no reference to be offloaded; leave out "
                 "--offload reference."
+            )
+        if named_reference(config.reference).is_precomputed:
+            raise ValueError(
+                "A precomputed reference is on no device; leave out --offload "
+                "reference."
             )
         if config.moving.kind != "none":
             raise ValueError(

@@ -21,8 +21,15 @@ from dpojax.models.huggingface import (
     read_settings,
 )
 from dpojax.models.lora import LoraShape, graft, split_adapters
-from dpojax.models.peft import has_score, is_adapter, read_base_name, read_shape
+from dpojax.models.peft import (
+    adapter_files,
+    has_score,
+    is_adapter,
+    read_base_name,
+    read_shape,
+)
 from dpojax.models.remat import Remat
+from dpojax.models.weight_files import find_tensors
 from dpojax.placing import (
     BaseDtype,
     Keeping,
@@ -174,6 +181,19 @@ def load_reference(name: str, like: Loaded, mesh: Mesh) -> Params:
             "write it as a whole model by dpojax export --merge, or choose another."
         )
     return graft(base, place_adapters(directory, like.model, settings, mesh))
+
+
+def weight_files(name: str) -> list[Path]:
+    """The files of a model's weights; of adapters all of theirs, and of their base's.
+
+    Raises:
+      ValueError: if one is missing or damaged.
+    """
+    directory = find_model(name)
+    if is_adapter(directory):
+        base = weight_files(read_base_name(directory))
+        return [*adapter_files(directory), *base]
+    return sorted({tensor.path for tensor in find_tensors(directory).values()})
 
 
 def check_positions(

@@ -23,6 +23,7 @@ from dpojax.losses.scores import Scores
 from dpojax.rewards import completion_rewards
 from dpojax.routing import Routing
 from dpojax.spread import ALONE, Spread
+from dpojax.vocabulary.forward import TokenStatistics
 from dpojax.vocabulary.tiles import TILE, Wanted
 
 Params = Any
@@ -63,6 +64,10 @@ def make_measure(
       chunk_size: positions of each shard whose logits exist at one time.
       tile_size: tokens of the vocabulary whose logits do.
       spread: the mesh that rows and output matrix are divided over.
+
+    Returns:
+      ``measure(params, reference, batch)``. Where the batch brings the reference's
+      log-probabilities along, those are taken, and its parameters may be None.
     """
     how: _Pieces = {
         "chunk_size": chunk_size,
@@ -81,27 +86,39 @@ def make_measure(
         inside = jnp.where(in_shared_prefix(batch), per_token, 0.0)
         return sum_completions(inside, batch)
 
+    def under_reference(
+        frozen: Any, found: TokenStatistics, batch: Batch
+    ) -> dict[str, Any]:
+        """The reference's sums, where it is in memory: the batch may bring them."""
+        if frozen is None:
+            prefix = batch.reference_prefix if "prefix" in needs else None
+            return {"reference": batch.reference, "reference_prefix": prefix}
+        its = found.other_log_prob
+        if its is None:
+            its = token_values(*frozen, batch, **how).log_prob
+        its = jax.lax.stop_gradient(its)
+        whole, prefix = sum_completions(its, batch), prefix_of(its, batch)
+        return {"reference": whole, "reference_prefix": prefix}
+
     def measure(params: Params, reference: Params | None, batch: Batch) -> Measured:
         policy = apply(params, batch)
-        scores = Scores(
-            jnp.zeros(()),
-            None,
-            jnp.asarray(batch.completion_length),
-            score=jnp.asarray(batch.score),
-        )
         routing = as_head(policy[1]).routing
+        length, score = map(jnp.asarray, (batch.completion_length, batch.score))
         if "reward_head" in needs:
             rewards = completion_rewards(*policy, batch)
-            return Measured(scores._replace(policy=rewards), routing)
+            return Measured(Scores(rewards, None, length, score=score), routing)
         frozen = None
-        if "reference" in needs:
+        if _takes_parameters(needs, reference, batch):
             # The same function of other parameters: at step 0 the log-ratio is exactly
             # 0.
             frozen = jax.lax.stop_gradient(apply(reference, batch))
         other = frozen if "token_kl" in needs else None
         found = token_values(*policy, batch, wanted=wanted, other=other, **how)
-        scores = scores._replace(
-            policy=sum_completions(found.log_prob, batch),
+        scores = Scores(
+            sum_completions(found.log_prob, batch),
+            None,
+            length,
+            score=score,
             policy_prefix=prefix_of(found.log_prob, batch),
         )
         if found.log_sum_squares is not None:
@@ -109,15 +126,27 @@ def make_measure(
             scores = scores._replace(log_sum_squares=squares)
         if found.kl is not None:
             scores = scores._replace(token_kl=sum_completions(found.kl, batch))
-        if frozen is not None:
-            its = found.other_log_prob
-            if its is None:
-                its = token_values(*frozen, batch, **how).log_prob
-            its = jax.lax.stop_gradient(its)
-            scores = scores._replace(
-                reference=sum_completions(its, batch),
-                reference_prefix=prefix_of(its, batch),
-            )
+        if "reference" in needs:
+            scores = scores._replace(**under_reference(frozen, found, batch))
         return Measured(scores, routing)
 
     return measure
+
+
+def _takes_parameters(
+    needs: frozenset[Need], reference: Params | None, batch: Batch
+) -> bool:
+    """Whether the reference itself is needed, and not only numbers in the batch."""
+    if "reference" not in needs:
+        return False
+    if batch.reference is None and reference is None:
+        raise ValueError(
+            "This loss needs a reference; give its parameters, or a batch with its "
+            "log-probabilities."
+        )
+    if batch.reference is not None and "token_kl" in needs:
+        raise ValueError(
+            "This loss compares whole distributions, so the log-probabilities in the "
+            "batch do not do; leave them out and give the reference."
+        )
+    return batch.reference is None

@@ -86,7 +86,7 @@ def take_steps(
                 reset_host_peak()
                 if trace is not None:
                     profile.enter_context(jax.profiler.trace(trace))
-            shapes = tuple(array.shape for array in batch)
+            shapes = tuple(array.shape for array in jax.tree.leaves(batch))
             if shapes not in programs:
                 while dispatched:
                     finish()

@@ -20,7 +20,7 @@ from dpojax.models.lora import Frozen, graft, make_roles, split_adapters
 from dpojax.models.peft import write_adapters
 from dpojax.offloading import fetch_parameters, put_on_host
 from dpojax.placing import Keeping, default_remat, make_kept_model
-from dpojax.prepare import make_new_adapters
+from dpojax.prepare import make_new_adapters, named_reference
 from dpojax.reference import Params, copy_params
 from dpojax.train_step import Roles, all_weights
 
@@ -77,7 +77,8 @@ def make_policy(config: TrainConfig, loss: Loss, loaded: Loaded, mesh: Mesh) -> 
     Raises:
       ValueError: for a reference that does not fit the policy.
     """
-    needed, name = "reference" in loss.needs, config.reference
+    name, is_precomputed = named_reference(config.reference)
+    needed = "reference" in loss.needs and not is_precomputed
     reference = None
     if needed and name is not None:
         reference = load_reference(name, loaded, mesh)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -103,6 +103,7 @@ def check_settings(config: TrainConfig, loss: Loss) -> None:
     if config.reference is not None and "reference" not in loss.needs:
         raise ValueError(f"The loss {loss.name!r} uses no reference; leave it out.")
     make_movement(config.moving, loss)
+    _check_precomputed(config, loss)
     if config.batch_size == 1 and "mismatched" in loss.needs:
         raise ValueError(
             f"The loss {loss.name!r} compares each example with another of its batch; "
@@ -126,6 +127,30 @@ def check_settings(config: TrainConfig, loss: Loss) -> None:
             f"{config.sample_tokens} tokens of {config.sample_prompts} prompts cannot "
             "be sampled; neither may be negative, and at least one token is needed."
         )
+
+
+class NamedReference(NamedTuple):
+    """What the setting `reference` says."""
+
+    model: str | None  # None: the policy as it is at step 0
+    is_precomputed: bool
+
+
+def named_reference(setting: str | None) -> NamedReference:
+    """Takes ``MODEL``, ``precomputed`` or ``precomputed:MODEL`` apart.
+
+    Raises:
+      ValueError: if no model follows the colon.
+    """
+    before, colon, after = (setting or "").partition(":")
+    if before != "precomputed":
+        return NamedReference(setting, False)
+    if colon and not after:
+        raise ValueError(
+            f"{setting!r} names no model; write precomputed:MODEL or, for the policy "
+            "as it is at step 0, precomputed."
+        )
+    return NamedReference(after or None, True)
 
 
 def make_new_adapters(config: LoraConfig) -> NewAdapters | None:
@@ -236,6 +261,28 @@ def load_examples(
     return examples
 
 
+def load_split(
+    config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
+) -> list[Example]:
+    """The examples of a split of a run's data."""
+    return load_examples(
+        config.data,
+        loss,
+        tokenizer,
+        split=split,
+        # What is held out stands once, however often training repeats it.
+        weights=config.data_weights if split == config.train_split else None,
+        columns=config.columns,
+        test_size=config.test_size,
+        max_examples=config.max_examples,
+        pairs_from=config.pairs_from,
+        rejection_beta=config.rejection_beta,
+        max_length=config.max_length,
+        too_long=config.too_long,
+        turns=config.turns,
+    )
+
+
 def balance_advice(loss: Loss, examples: Sequence[Example]) -> str | None:
     """What to change where KTO's weighted classes are out of the paper's bounds.
 
@@ -255,6 +302,33 @@ def balance_advice(loss: Loss, examples: Sequence[Example]) -> str | None:
                     "and 1.5: set --loss.desirable-weight or --loss.undesirable-weight."
                 )
     return None
+
+
+def _check_precomputed(config: TrainConfig, loss: Loss) -> None:
+    """Refuses to compute once what changes, or more than is kept."""
+    if not named_reference(config.reference).is_precomputed:
+        if config.reference_cache is not None:
+            raise ValueError(
+                "--reference-cache has no effect on a reference that is computed in "
+                "every step; give --reference precomputed, or precomputed:MODEL."
+            )
+        return
+    instead = "give --reference a model, or leave it out for the policy at step 0."
+    if config.moving.kind != "none":
+        raise ValueError(
+            "The log-probabilities of a reference that moves cannot be precomputed; "
+            f"leave out --moving, or {instead}"
+        )
+    if "token_kl" in loss.needs:
+        raise ValueError(
+            f"The loss {loss.name!r} compares whole distributions, of which nothing is "
+            f"precomputed; {instead}"
+        )
+    if "mismatched" in loss.needs:
+        raise ValueError(
+            f"The loss {loss.name!r} gives every example a completion that changes "
+            f"with the batch, so nothing can be precomputed; {instead}"
+        )
 
 
 def _load_objective(name: str) -> Objective:

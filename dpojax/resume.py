@@ -14,7 +14,10 @@ from dpojax.config import TrainConfig
 
 
 def make_note(
-    config: TrainConfig, data_fingerprint: str, num_seen: int
+    config: TrainConfig,
+    data_fingerprint: str,
+    num_seen: int,
+    reference_identity: str | None = None,
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run.
 
@@ -22,6 +25,7 @@ def make_note(
       config: the run's settings.
       data_fingerprint: of the training examples.
       num_seen: examples that the whole run sees.
+      reference_identity: of a precomputed reference.
     """
     return {
         "loss": repr(config.loss),
@@ -33,6 +37,7 @@ def make_note(
         "data": data_fingerprint,
         "optimizer": repr(config.optimizer),
         "reference": config.reference,
+        "content of the reference": reference_identity,
         "LoRA": repr(config.lora),
         "model": config.model,
         "version": __version__,
@@ -48,10 +53,11 @@ def check_note(
       ValueError: naming the first setting that differs.
     """
     for name, value in note.items():
-        if name != "version" and saved[name] != value:
+        # A checkpoint of an earlier version may not have the name yet.
+        if name != "version" and saved.get(name) != value:
             raise ValueError(
                 f"{directory} cannot be resumed with another {name}: it was "
-                f"{saved[name]} and is now {value}; use its own config.py."
+                f"{saved.get(name)} and is now {value}; use its own config.py."
             )
 
 

@@ -21,7 +21,14 @@ from dpojax.fitting import check_memory, fit
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
 from dpojax.policy import computed, load_policy, make_policy, write_trained
-from dpojax.prepare import balance_advice, check_training, make_configured_loss
+from dpojax.precompute import precompute
+from dpojax.prepare import (
+    balance_advice,
+    check_training,
+    load_split,
+    make_configured_loss,
+    named_reference,
+)
 from dpojax.progress import say, track
 from dpojax.reference import Params
 from dpojax.resume import abstract, check_note, make_note
@@ -37,7 +44,7 @@ from dpojax.sharding import (
 from dpojax.spread import Spread
 from dpojax.step_log import StepLog
 from dpojax.train_step import make_eval_step
-from dpojax.training import make_training, read_examples
+from dpojax.training import make_training
 
 
 class Result(NamedTuple):
@@ -74,8 +81,8 @@ def run(config: TrainConfig) -> Result:
     # -- Model, data and reference ----------------------------------------------------
     loaded = load_policy(config, loss, mesh)
     check_positions(loaded, config.max_length)
-    train = read_examples(config, loss, loaded.tokenizer, config.train_split)
-    test = read_examples(config, loss, loaded.tokenizer, config.test_split)
+    train = load_split(config, loss, loaded.tokenizer, config.train_split)
+    test = load_split(config, loss, loaded.tokenizer, config.test_split)
     if "reward_head" in loss.needs:
         train, test = (as_reward_examples(part, loaded) for part in (train, test))
     advice = balance_advice(loss, train)
@@ -85,6 +92,10 @@ def run(config: TrainConfig) -> Result:
     if mismatch_within is not None:
         test = with_mismatched(test, mismatch_within)
     policy = make_policy(config, loss, loaded, mesh)
+    identity = None  # of the precomputed reference
+    if named_reference(config.reference).is_precomputed:
+        (train, test), cache = precompute(config, loaded, mesh, (train, test))
+        identity = cache.identity
 
     # -- Schedule, state and step -----------------------------------------------------
     epochs = 1 if config.epochs is None else config.epochs
@@ -127,7 +138,7 @@ def run(config: TrainConfig) -> Result:
 
     # -- Resume: the state first, then what depends on its step -----------------------
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
-    note = make_note(config, fingerprint(train), num_seen)
+    note = make_note(config, fingerprint(train), num_seen, identity)
     step = checkpoints.steps[-1] if config.resume and checkpoints.steps else 0
     if step == 0:  # only now: what was refused above leaves no directory behind
         write_frame(directory, config, loaded)

@@ -15,8 +15,6 @@ from jax.sharding import Mesh
 
 from dpojax.beginning import begin, state_shapes
 from dpojax.config import TrainConfig
-from dpojax.data.packing import Example
-from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
 from dpojax.models.families import aux_loss_coefficient
@@ -25,7 +23,6 @@ from dpojax.policy import Policy, default_learning_rate
 from dpojax.prepare import (
     configured_optimizer,
     configured_schedule,
-    load_examples,
     make_movement,
 )
 from dpojax.sharding import rows_sharding
@@ -91,25 +88,3 @@ def make_training(
     # A reference that moves is in the state.
     frozen = None if movement is not None else policy.frozen
     return Training(step, frozen, rates, shapes, partial(begin, *parts, shapes))
-
-
-def read_examples(
-    config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
-) -> list[Example]:
-    """The examples of a split, as the loss takes them."""
-    return load_examples(
-        config.data,
-        loss,
-        tokenizer,
-        split=split,
-        # What is held out stands once, however often training repeats it.
-        weights=config.data_weights if split == config.train_split else None,
-        columns=config.columns,
-        test_size=config.test_size,
-        max_examples=config.max_examples,
-        pairs_from=config.pairs_from,
-        rejection_beta=config.rejection_beta,
-        max_length=config.max_length,
-        too_long=config.too_long,
-        turns=config.turns,
-    )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 def new_file(name: str) -> Path:
@@ -35,6 +36,20 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     unfinished.replace(path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, in place of what it held; others may write it at the same time.
+
+    The bytes go to a file of a name of its own beside it, which then takes its name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -75,7 +76,7 @@ def test_fewer_completions_than_columns_have_length_zero():
 
 def test_an_empty_row_is_padding_and_is_not_live():
     batch = as_batch([[], [as_example([5, 6], [7, 2], [2])], []], length=8)
-    for array in batch:
+    for array in jax.tree.leaves(batch):
         assert not array[[0, 2]].any()
     assert batch.live.tolist() == [[False], [True], [False]]
     assert not batch.scored[[0, 2]].any()
@@ -83,7 +84,7 @@ def test_an_empty_row_is_padding_and_is_not_live():
 
 def test_every_array_has_32_bits():
     batch = as_batch([[as_example([5, 6], [7, 2], [2])]], length=8)
-    *integers, score, weight = batch
+    *integers, score, weight = jax.tree.leaves(batch)
     assert {array.dtype for array in integers} == {np.dtype(np.int32)}
     assert score.dtype == weight.dtype == np.float32
 

@@ -1,4 +1,4 @@
-"""Two processes read and write one model, each holding a half of it."""
+"""Two processes read and write one model, each holding a half, and use it as one."""
 
 import os
 import re
@@ -29,11 +29,15 @@ PROCESS = """
 import sys
 from pathlib import Path
 import jax
+import numpy as np
 from dpojax.models.decoder import make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.huggingface import read_params, read_settings, write_model
 from dpojax.models.weight_files import StoredTensor
-from dpojax.sharding import as_shardings, make_mesh
+from dpojax.data.packing import Example
+from dpojax.reference_cache import find_cache
+from dpojax.reference_pass import make_reference_step, with_reference
+from dpojax.sharding import as_shardings, make_mesh, make_placement
 
 directory, port, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, process)
@@ -53,6 +57,23 @@ size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 tokenizer = lambda path: (path / "tokenizer.json").write_text(str(process))
 write_model(directory / "again", params, settings, tokenizer, max_shard_size=50_000)
 written = sorted(path.name for path in (directory / "again").iterdir())
+
+# Each has a cache of its own, and process 0 alone uses one.
+model = make_model(as_decoder_config(settings))
+mesh = make_mesh(1, 4)
+rng = np.random.default_rng(0)
+some = [rng.integers(1, 96, n).astype(np.int32) for n in range(3, 12)]
+examples = [Example(some[0], (one, one[:2])) for one in some]
+for _ in range(2):
+    found = with_reference(
+        examples,
+        make_reference_step(model.apply, mesh),
+        lambda: params,
+        find_cache(directory / f"kept{process}", {}),
+        num_rows=4,
+        placement=make_placement(mesh),
+    )
+print("sums", sum(sum(one.reference) for one in found), flush=True)
 print("read", sum(sizes) / size, len(written), flush=True)
 """
 
@@ -92,10 +113,14 @@ def test_two_processes_read_a_half_each_and_write_the_whole(tmp_path: Path):
     finally:
         for process in processes:
             process.kill()  # where one fails, the other waits for it
+    sums = [re.search(r"^sums (-\S+)$", text, re.MULTILINE) for text in said]
     for process, text in zip(processes, said, strict=True):
         figures = re.search(r"^read (\S+) (\d+)$", text, re.MULTILINE)
         assert process.returncode == 0 and figures is not None, text
         assert 0.5 <= float(figures[1]) < 0.51  # norms are on every device
         assert int(figures[2]) == len(files)  # seen by both after writing
+    assert len({found[1] for found in sums if found is not None}) == 1
+    assert "9 examples reused, 0 to compute" in said[1]
+    assert [path.name for path in tmp_path.glob("kept*")] == ["kept0"]
     again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert again == files

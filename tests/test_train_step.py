@@ -31,7 +31,15 @@ from dpojax.models.families import as_decoder_config
 from dpojax.models.huggingface import read_params, read_settings, write_model
 from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.reference import bema, copy_params, tr_dpo
-from dpojax.sharding import as_shardings, make_constrain, make_mesh, rows_sharding
+from dpojax.reference_cache import find_cache
+from dpojax.reference_pass import make_reference_step, with_reference
+from dpojax.sharding import (
+    as_shardings,
+    make_constrain,
+    make_mesh,
+    make_placement,
+    rows_sharding,
+)
 from dpojax.train_step import TrainState, init_state, make_eval_step, make_train_step
 
 SMALL = DecoderConfig(
@@ -210,6 +218,16 @@ def test_every_step_agrees_with_trls(name: str, shared: Path, tmp_path: Path):
     if name == "sigmoid_noref":
         reference = copy_params(params)
     examples = recorded_examples(record, 2 if has_reference else 1)
+    if name == "sigmoid_precompute":
+        examples = with_reference(
+            examples,
+            make_reference_step(fixture_model(directory)[0].apply, make_mesh()),
+            lambda reference=reference: reference,
+            find_cache(tmp_path, {}),
+            num_rows=8,
+            placement=make_placement(make_mesh()),
+        )
+        reference = None
     length = bucket_length(128)
     assert max(map(row_length, examples)) <= length
     size = len(examples) // len(record["steps"])

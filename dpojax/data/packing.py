@@ -24,6 +24,9 @@ class Example(NamedTuple):
     weight: float = 1.0  # how much the example counts
     # Which tokens of each completion are scored; None: all of them.
     masks: tuple[Bool[np.ndarray, " tokens"], ...] | None = None
+    # Of each completion, where they are known beforehand: see `Batch.reference`.
+    reference: tuple[float, ...] | None = None
+    reference_prefix: tuple[float, ...] | None = None
 
 
 def row_length(example: Example) -> int:
@@ -147,7 +150,9 @@ def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Exampl
             for one, whole in ((example, completions[0]), (other, completions[1]))
         ]
         cut = masks[0], masks[1][:room]
-        mixed.append(example._replace(completions=completions, masks=cut))
+        # What is known beforehand is of other completions.
+        changed = example._replace(reference=None, reference_prefix=None)
+        mixed.append(changed._replace(completions=completions, masks=cut))
     return mixed
 
 
@@ -199,7 +204,35 @@ def as_batch(
                 if number:
                     lengths[row, slot, number - 1] = np.count_nonzero(targets >= 0)
                 start = here.stop
-    return Batch(tokens, labels, position, example, branch, lengths, scores, weights)
+    wholes = [[packed.reference for packed in some] for some in rows]
+    prefixes = [[packed.reference_prefix for packed in some] for some in rows]
+    known = _known_numbers(wholes, lengths), _known_numbers(prefixes, lengths)
+    arrays = (tokens, labels, position, example, branch, lengths, scores, weights)
+    return Batch(*arrays, *known)
+
+
+def _known_numbers(
+    rows: Sequence[Sequence[tuple[float, ...] | None]], like: np.ndarray
+) -> np.ndarray | None:
+    """Numbers of completions in the places of `like`; None where no example has any.
+
+    Raises:
+      ValueError: if some examples have them and others do not.
+    """
+    is_known = [numbers is not None for row in rows for numbers in row]
+    if not any(is_known):
+        return None
+    if not all(is_known):
+        raise ValueError(
+            f"{sum(is_known)} of {len(is_known)} examples of a batch come with the "
+            "reference's log-probabilities; give them for all or for none."
+        )
+    array = np.zeros(like.shape, np.float32)
+    for row, examples in enumerate(rows):
+        for slot, numbers in enumerate(examples):
+            if numbers is not None:
+                array[row, slot, : len(numbers)] = numbers
+    return array
 
 
 def _segments(example: Example) -> Iterator[tuple[int, Tokens, Tokens]]:

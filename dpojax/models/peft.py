@@ -62,6 +62,15 @@ def is_adapter(directory: Path) -> bool:
     return (directory / _CONFIG).is_file()
 
 
+def adapter_files(directory: Path) -> list[Path]:
+    """The files that decide what adapters compute.
+
+    Raises:
+      ValueError: if the weights are missing.
+    """
+    return [directory / _CONFIG, _find_weights(directory)]
+
+
 def read_base_name(directory: Path) -> str:
     """The name of the model that adapters belong to.
 
