@@ -11,6 +11,7 @@ import jax
 
 from dpojax import __version__
 from dpojax.config import TrainConfig
+from dpojax.data.order import WINDOW
 
 
 def make_note(
@@ -29,6 +30,8 @@ def make_note(
         "batch_size": config.batch_size,
         "examples_seen": num_seen,
         "seed": config.seed,
+        "row_length": config.row_length,
+        "window of examples": WINDOW,
         "compute_dtype": config.compute_dtype,
         "data": data_fingerprint,
         "optimizer": repr(config.optimizer),
@@ -48,10 +51,11 @@ def check_note(
       ValueError: naming the first setting that differs.
     """
     for name, value in note.items():
-        if name != "version" and saved[name] != value:
+        # A checkpoint of an earlier version may not have the name yet.
+        if name != "version" and saved.get(name) != value:
             raise ValueError(
                 f"{directory} cannot be resumed with another {name}: it was "
-                f"{saved[name]} and is now {value}; use its own config.py."
+                f"{saved.get(name)} and is now {value}; use its own config.py."
             )
 
 

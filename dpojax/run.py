@@ -204,6 +204,7 @@ def run(config: TrainConfig) -> Result:
         start=step,
         stop=stop,
         row_multiple=config.microbatches * num_row_shards(mesh),
+        row_length=config.row_length,
         mismatch_within=mismatch_within,
     )
     figures = ""
