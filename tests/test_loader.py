@@ -136,6 +136,21 @@ def test_each_example_gets_another_completion_of_its_batch(examples: list[Exampl
         np.testing.assert_array_equal(own, other)
 
 
+@pytest.mark.parametrize("longest", [14, 20])
+def test_mismatched_completions_fit_whichever_an_example_gets(
+    examples: list[Example], longest: int
+):
+    """Cut to fourteen tokens with the prompt, or whole; over ten epochs."""
+    alone = [
+        example._replace(completions=example.completions[:1]) for example in examples
+    ]
+    settings = {"batch_size": 5, "num_seen": 100, "stop": 20}
+    for batch in batches(alone, **settings, mismatch_within=longest):
+        lengths = batch.completion_length[batch.live]
+        assert len(lengths) == 5 and lengths.min() > 0
+        assert lengths[:, 1].max() <= longest - 2
+
+
 def test_the_fingerprint_is_that_of_the_tokens(examples: list[Example]):
     copies = [
         Example(example.prompt.copy(), tuple(map(np.copy, example.completions)))

@@ -177,6 +177,28 @@ def test_no_two_epochs_have_the_same_batches():
         assert again < 2 * by_chance
 
 
+def test_batches_of_one_come_in_any_order_of_length():
+    lengths = random_lengths(50)
+    order = np.concatenate(batches_of(make_order(lengths, batch_size=1, seed=0), 1, 50))
+    falls = np.diff(lengths[order]) < 0
+    assert 15 < np.count_nonzero(falls) < 35
+
+
+def test_for_rows_that_are_asked_for_some_batches_have_one_more_than_others():
+    """All alike, batches would need eight rows, most of the last one being padding."""
+    lengths, row_length = random_lengths(64 * 40), 1_850
+
+    def num_rows(asked: int | None) -> list[int]:
+        order = make_order(lengths, batch_size=64, seed=0, row_length=asked)
+        batches = batches_of(order, 64, 40)
+        return [len(pack_rows(lengths[batch], row_length, 64)) for batch in batches]
+
+    assert set(num_rows(None)) == {8}
+    found = num_rows(row_length)
+    assert set(found) == {7, 8} and 1 - lengths.sum() / sum(found) / row_length < 0.03
+    assert found != sorted(found) and found != sorted(found, reverse=True)
+
+
 def test_ten_thousand_rows_are_planned_in_under_a_second():
     """Of 2,048 positions: their examples are dealt to batches, then packed."""
     lengths = random_lengths(93_000)

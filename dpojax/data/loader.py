@@ -29,8 +29,8 @@ from dpojax.data.plan import (
     round_up,
 )
 
-_SEEN_FIRST = 4_096  # examples by which the shape of a run is chosen
-_MOST_BATCHES = 32  # of them
+# By so many examples, of so many batches, the shape of a run is chosen.
+_SEEN_FIRST, _MOST_BATCHES = 4_096, 32
 
 
 def training_batches(
@@ -73,15 +73,11 @@ def training_batches(
     def examples_of(step: int) -> list[Example]:
         places = range(step * batch_size, min((step + 1) * batch_size, num_seen))
         batch = [examples[place] for place in order(places)]
-        return (
-            batch
-            if mismatch_within is None
-            else with_mismatched(batch, mismatch_within)
-        )
+        if mismatch_within is not None:
+            batch = with_mismatched(batch, mismatch_within)
+        return batch
 
-    whole = max(1, min(len(examples), num_seen) // batch_size)
-    count = min(whole, _MOST_BATCHES, max(2, _SEEN_FIRST // batch_size))
-    some = np.linspace(0, whole - 1, count).astype(int).tolist()
+    some = _first_steps(min(len(examples), num_seen), batch_size)
     shape = choose_shape(
         [row_lengths(examples_of(step)) for step in some],
         longest=int(most.max()),
@@ -136,6 +132,13 @@ def packed_batches(
                 num_completions=most_completions(examples),
             ),
         )
+
+
+def _first_steps(num_examples: int, batch_size: int) -> list[int]:
+    """Some steps of the first epoch, whole batches where it has any."""
+    whole = max(1, num_examples // batch_size)
+    count = min(whole, _MOST_BATCHES, max(2, _SEEN_FIRST // batch_size))
+    return np.linspace(0, whole - 1, count).astype(int).tolist()
 
 
 def _planned_lengths(

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from dpojax.data.plan import Lengths, pack_rows
 
-Places = Int[np.ndarray, " examples"]
+Places = Int[np.ndarray, " _"]  # of examples, any number of them
 Order = Callable[[range], Places]  # the examples in these places of the whole run
 
 WINDOW = 16_384  # examples; the mean length of so many varies by half a percent

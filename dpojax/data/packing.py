@@ -174,6 +174,7 @@ def as_batch(
     laid_out, used = _lay_out(rows)
     arrays = np.zeros((5, len(rows), length), np.int32)
     arrays[:, np.arange(length) < used[:, None]] = laid_out
+    tokens, labels, position, example, branch = arrays
     lengths = np.zeros((len(rows), num_slots, num_completions), np.int32)
     scores = np.zeros(lengths.shape, np.float32)
     weights = np.zeros(lengths.shape[:2], np.float32)
@@ -185,7 +186,7 @@ def as_batch(
             lengths[row, slot, : len(parts)] = [count(part) for part in parts]
             if packed.scores is not None:
                 scores[row, slot, : len(packed.scores)] = packed.scores
-    return Batch(*arrays, lengths, scores, weights)
+    return Batch(tokens, labels, position, example, branch, lengths, scores, weights)
 
 
 def _lay_out(

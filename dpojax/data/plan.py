@@ -97,7 +97,7 @@ def _fill(order: list[int], sizes: list[int], row_length: int, num_slots: int) -
 
 
 def choose_shape(
-    batches: Sequence[Lengths],
+    batches: Sequence[Int[np.ndarray, " _"]],
     *,
     longest: int,
     row_multiple: int = 1,
