@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dpojax.data.loader import training_batches
 from dpojax.data.order import Order, deal, make_order
 from dpojax.data.packing import Example
-from dpojax.data.plan import Shape, choose_shape, pack_rows
+from dpojax.data.plan import Shape, Small, choose_shape, fill_shape, pack_rows
 from dpojax.data.records import load_records
 from dpojax.data.tokenize import load_tokenizer, tokenize_records
 
@@ -91,6 +91,23 @@ def test_a_row_length_that_is_asked_for_is_taken_or_refused():
         ValueError, match="row_length is 29, but an example can take 30"
     ):
         choose_shape(batches, longest=30, row_length=29)
+
+
+def test_batches_without_long_examples_have_shorter_rows():
+    """Three of four fit one row of 64 instead of 128."""
+    batches = [np.array([40, 20])] * 3 + [np.array([100, 20])]
+    shape = choose_shape(batches, longest=128)
+    assert shape == Shape(128, (1, 2), 2, Small(1, 64))
+    assert fill_shape(batches[0], shape) == ([[0, 1]], 64)
+    assert fill_shape(batches[3], shape) == ([[0, 1]], 128)
+    assert fill_shape(np.array([60, 60]), shape) == ([[0, 1]], 128)
+    assert fill_shape(np.array([120, 60]), shape) == ([[0], [1]], 128)
+    assert choose_shape(batches, longest=128, row_length=128).small is None
+
+
+def test_a_second_row_length_is_not_worth_a_few_positions():
+    batches = [np.array([30, 30])] + [np.array([100, 20])] * 20
+    assert choose_shape(batches, longest=128).small is None
 
 
 # -- Batches --------------------------------------------------------------------------

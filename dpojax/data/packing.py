@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dpojax.batch import Batch
-from dpojax.data.plan import Lengths, Shape, pack_rows
+from dpojax.data.plan import Lengths, Shape, fill_shape
 
 Tokens = Int[np.ndarray, " tokens"]
 
@@ -82,14 +82,12 @@ def pack(
       num_completions: the most completions of an example, of the whole data set so that
         all its batches have one shape; by default of these examples.
     """
-    rows = pack_rows(row_lengths(examples), shape.row_length, shape.num_slots)
-    count = next(number for number in shape.num_rows if number >= len(rows))
-    rows += [[] for _ in range(count - len(rows))]
+    rows, length = fill_shape(row_lengths(examples), shape)
     if num_completions is None:
         num_completions = most_completions(examples)
     return as_batch(
         [[examples[place] for place in row] for row in rows],
-        length=shape.row_length,
+        length=length,
         num_slots=shape.num_slots,
         num_completions=num_completions,
     )

@@ -5,6 +5,7 @@ Everything here is a function of lengths: the positions that examples take, see
 """
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +18,15 @@ Rows = list[list[int]]  # of each row, the places of its examples
 
 _AS_GOOD = 1.01  # times the least waste: of such row lengths the shortest is taken
 _MOST_ROW_LENGTH = 2  # times the longest example, because attention costs its rows'
+_WORTH_IT = 0.95  # of the positions, if a second row length saves that it is used
 _FINEST = 64  # rows are counted in steps of at most one part in so many
+
+
+class Small(NamedTuple):
+    """Rows for the batches that have no long example."""
+
+    num_rows: int
+    row_length: int
 
 
 class Shape(NamedTuple):
@@ -26,6 +35,7 @@ class Shape(NamedTuple):
     row_length: int
     num_rows: tuple[int, ...]  # a batch has the first of these that is enough
     num_slots: int  # the most examples of a row
+    small: Small | None = None  # if it fits, a batch has these rows instead
 
 
 def pack_rows(lengths: Lengths, row_length: int, num_slots: int) -> Rows:
@@ -96,6 +106,29 @@ def _fill(order: list[int], sizes: list[int], row_length: int, num_slots: int) -
     return rows
 
 
+def fill_shape(lengths: Lengths, shape: Shape) -> tuple[Rows, int]:
+    """Packs a batch into rows of a shape.
+
+    Returns:
+      The rows, the last of which may be empty, and their length.
+    """
+    if shape.small is not None:
+        num_rows, row_length = shape.small
+        rows = _fit(lengths, row_length, shape.num_slots)
+        if rows is not None and len(rows) <= num_rows:
+            return rows + [[] for _ in range(num_rows - len(rows))], row_length
+    rows = pack_rows(lengths, shape.row_length, shape.num_slots)
+    num_rows = next(number for number in shape.num_rows if number >= len(rows))
+    return rows + [[] for _ in range(num_rows - len(rows))], shape.row_length
+
+
+def _fit(lengths: Lengths, row_length: int, num_slots: int) -> Rows | None:
+    """Rows, or None if an example is longer than these."""
+    if lengths.max() > row_length:
+        return None
+    return pack_rows(lengths, row_length, num_slots)
+
+
 def choose_shape(
     batches: Sequence[Int[np.ndarray, " _"]],
     *,
@@ -110,7 +143,8 @@ def choose_shape(
       longest: positions that the longest example of the run can take.
       row_multiple: the number of rows is a multiple of this.
       row_length: positions of a row; None: of the lengths that leave least padding in
-        these batches, to within 1 %, the shortest.
+        these batches, to within 1 %, the shortest; and a second, shorter one where
+        long examples are what makes the padding, as in small batches they do.
 
     Raises:
       ValueError: if an example does not fit into a row.
@@ -121,24 +155,49 @@ def choose_shape(
             "give at least that, or a smaller max_length."
         )
     lengths = _row_lengths(longest) if row_length is None else [row_length]
-    slots = [choose_slots(np.concatenate(batches), length) for length in lengths]
+    most = max(map(len, batches))
+    # Three times the examples that rows hold on average.
+    mean = np.mean(np.concatenate(batches))
+    slots = [min(most, 3 * math.ceil(length / mean)) for length in lengths]
     counts = [
         [
-            round_up(len(pack_rows(batch, length, most)), row_multiple)
+            round_up(len(pack_rows(batch, length, num_slots)), row_multiple)
             for batch in batches
         ]
-        for length, most in zip(lengths, slots, strict=True)
+        for length, num_slots in zip(lengths, slots, strict=True)
     ]
     positions = np.mean(counts, axis=1) * lengths
     best = int(np.argmax(positions <= _AS_GOOD * positions.min()))
-    enough = round_up(max(map(len, batches)), row_multiple)  # an example a row
+    enough = round_up(most, row_multiple)  # an example a row
     num_rows = _row_counts(min(counts[best]), enough, row_multiple)
-    return Shape(lengths[best], num_rows, slots[best])
+    shape = Shape(lengths[best], num_rows, slots[best])
+    if row_length is not None:
+        return shape
+    return shape._replace(small=_choose_small(batches, shape, row_multiple))
 
 
-def choose_slots(lengths: Lengths, row_length: int) -> int:
-    """The most examples of a row: three times what rows hold on average, or all."""
-    return min(len(lengths), 3 * -(-row_length * len(lengths) // int(lengths.sum())))
+def _choose_small(
+    batches: Sequence[Int[np.ndarray, " _"]], shape: Shape, row_multiple: int
+) -> Small | None:
+    """The rows for batches without long examples that save most; None: too little."""
+    filled = [fill_shape(batch, shape) for batch in batches]
+    large = np.array([len(rows) * row_length for rows, row_length in filled])
+    if sum(batch.sum() for batch in batches) > _WORTH_IT * large.sum():
+        return None
+    best, least = None, _WORTH_IT * large.sum()
+    row_length = _next_length(1)
+    while row_length < shape.row_length:
+        fitted = [_fit(batch, row_length, shape.num_slots) for batch in batches]
+        counts = np.array(
+            [np.inf if r is None else round_up(len(r), row_multiple) for r in fitted]
+        )
+        for count in np.unique(counts[counts < np.inf]).astype(int).tolist():
+            small = np.where(counts <= count, count * row_length, np.inf)
+            total = np.minimum(large, small).sum()
+            if total < least:
+                best, least = Small(count, row_length), total
+        row_length = _next_length(row_length + 1)
+    return best
 
 
 def round_up(number: int, multiple: int) -> int:
