@@ -85,6 +85,7 @@ def bench(config: BenchConfig) -> Figures:
         start=0,
         stop=num_steps,
         row_multiple=config.microbatches * num_row_shards(mesh),
+        row_length=config.row_length,
         mismatch_within=config.max_length if "mismatched" in loss.needs else None,
     )
     taken = take_steps(

@@ -181,6 +181,8 @@ class TrainConfig:
     """Examples of an optimiser step, over all devices (paper: 64)."""
     microbatches: int = 1
     """Parts into which a batch's rows are split to save memory; same result."""
+    row_length: int | None = None
+    """Positions of a row, which examples share. Default: what wastes least."""
     epochs: float | None = None
     """Times that each example is seen. Default: 1 (the paper's code), or `steps`."""
     steps: int | None = None

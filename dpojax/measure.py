@@ -95,7 +95,8 @@ def make_measure(
             return {"reference": batch.reference, "reference_prefix": prefix}
         its = found.other_log_prob
         if its is None:
-            its = token_values(*frozen, batch, **how).log_prob
+            hidden, output = frozen
+            its = token_values(hidden, output, batch, **how).log_prob
         its = jax.lax.stop_gradient(its)
         whole, prefix = sum_completions(its, batch), prefix_of(its, batch)
         return {"reference": whole, "reference_prefix": prefix}

@@ -79,7 +79,7 @@ def precompute(
         make_reference_step(loaded.model.apply, mesh, chunk_size=config.chunk_size),
         lambda: _params(config, loaded, mesh),
         cache,
-        num_rows=-(-config.batch_size // config.microbatches),
+        batch_size=-(-config.batch_size // config.microbatches),
         placement=make_placement(mesh),
     )
     in_order = iter(together)

@@ -113,7 +113,7 @@ def check_settings(config: TrainConfig, loss: Loss) -> None:
         raise ValueError("Give the length of the run by --epochs or --steps, not both.")
     positive = ("batch_size", "microbatches", "chunk_size", "log_every",
                 "evaluate_every", "save_every", "keep_last")  # fmt: skip
-    optional = ("epochs", "steps", "stop_after", "max_examples")
+    optional = ("epochs", "steps", "stop_after", "max_examples", "row_length")
     settings = vars(config)
     for name in positive + optional:
         if settings[name] is not None and settings[name] <= 0:

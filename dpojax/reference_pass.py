@@ -6,7 +6,6 @@ cache holds is not computed, and what is computed is there at once for the next 
 for this one if it is cut off. This file knows no settings and no loop.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -17,14 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from dpojax.batch import Batch
-from dpojax.data.packing import (
-    MAX_SLOTS,
-    Example,
-    as_batch,
-    choose_row_length,
-    most_completions,
-    row_length,
-)
+from dpojax.data.loader import packed_batches
+from dpojax.data.packing import Example, most_completions
 from dpojax.measure import Apply, Params, make_measure
 from dpojax.progress import say, track
 from dpojax.reference_cache import (
@@ -74,7 +67,7 @@ def with_reference(
     load: Callable[[], Params],
     cache: Cache,
     *,
-    num_rows: int,
+    batch_size: int,
     placement: Placement,
     per_file: int = 1024,
 ) -> list[Example]:
@@ -87,7 +80,7 @@ def with_reference(
       step: of `make_reference_step`.
       load: gives the reference's parameters; called where something is missing.
       cache: where the numbers are kept.
-      num_rows: most rows computed at one time, rounded up to fill the devices.
+      batch_size: examples computed at one time, about.
       placement: how rows reach the devices.
       per_file: examples after which a file is written: what is lost if cut off.
 
@@ -108,7 +101,7 @@ def with_reference(
             [wanted[place] for place in missing],
             step,
             load(),
-            num_rows=num_rows,
+            batch_size=batch_size,
             placement=placement,
         )
         for places, found in _in_files(parts, per_file):
@@ -127,53 +120,26 @@ def compute_numbers(
     step: ReferenceStep,
     params: Params,
     *,
-    num_rows: int,
+    batch_size: int,
     placement: Placement,
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Places of examples, and their numbers ``[examples, completions, 2]``, in parts.
 
-    Takes what `with_reference` takes; the longest examples come first.
+    Takes what `with_reference` takes.
     """
-    length, most = choose_row_length(examples), most_completions(examples)
-    rows = fill_rows([row_length(example) for example in examples], length)
-    shards = placement.num_shards
-    count = -(-min(num_rows, len(rows)) // shards) * shards
-    with track("Reference", total=-(-len(rows) // count)) as advance:
-        for start in range(0, len(rows), count):
-            some = rows[start : start + count]
-            filled = [[examples[place] for place in row] for row in some]
-            filled += [[] for _ in range(count - len(some))]
-            batch = as_batch(
-                filled, length=length, num_slots=MAX_SLOTS, num_completions=most
-            )
+    batches = packed_batches(examples, batch_size, placement.num_shards)
+    with track("Reference", total=-(-len(examples) // batch_size)) as advance:
+        for rows, batch in batches:
             found = jax.device_get(step(params, placement.put(batch)))
             if not np.isfinite(found).all():
                 raise ValueError(
                     "The reference gives log-probabilities that are not finite; look "
                     "for damage in its weights."
                 )
-            of_slots = [found[row, : len(some[row])] for row in range(len(some))]
-            yield [place for row in some for place in row], np.concatenate(of_slots)
+            of_slots = [found[row, : len(places)] for row, places in enumerate(rows)]
+            places = [int(place) for row in rows for place in row]
+            yield places, np.concatenate(of_slots)
             advance("")
-
-
-def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Places of examples by rows: the longest that is left, then the shortest that fit.
-
-    Args:
-      lengths: positions that each example takes.
-      length: positions of a row; no example takes more.
-    """
-    left = deque(sorted(range(len(lengths)), key=lambda place: -lengths[place]))
-    rows = []
-    while left:
-        row = [left.popleft()]
-        room = length - lengths[row[0]]
-        while left and lengths[left[-1]] <= room and len(row) < MAX_SLOTS:
-            room -= lengths[left[-1]]
-            row.append(left.pop())
-        rows.append(row)
-    return rows
 
 
 def from_first(array: np.ndarray) -> np.ndarray:

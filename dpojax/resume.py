@@ -11,6 +11,7 @@ import jax
 
 from dpojax import __version__
 from dpojax.config import TrainConfig
+from dpojax.data.order import WINDOW
 
 
 def make_note(
@@ -33,6 +34,8 @@ def make_note(
         "batch_size": config.batch_size,
         "examples_seen": num_seen,
         "seed": config.seed,
+        "row_length": config.row_length,
+        "window of examples": WINDOW,
         "compute_dtype": config.compute_dtype,
         "data": data_fingerprint,
         "optimizer": repr(config.optimizer),

@@ -118,6 +118,7 @@ def run(config: TrainConfig) -> Result:
             start=start,
             stop=stop,
             row_multiple=num_microbatches * num_row_shards(mesh),
+            row_length=config.row_length,
             mismatch_within=mismatch_within,
         )
 

@@ -16,13 +16,8 @@ import numpy as np
 from dpojax import metrics
 from dpojax.batch import Batch
 from dpojax.command_config import ScoreConfig
-from dpojax.data.packing import (
-    Example,
-    as_batch,
-    choose_row_length,
-    most_completions,
-    row_length,
-)
+from dpojax.data.loader import packed_batches
+from dpojax.data.packing import Example
 from dpojax.data.records import Record, read_records
 from dpojax.data.tokenize import tokenize_records
 from dpojax.loading import (
@@ -92,24 +87,17 @@ def score_examples(
       step: the scoring step.
       params: the reward model.
       examples: their completions end where the model reads its score.
-      batch_size: examples scored at one time, rounded up to fill the devices.
+      batch_size: examples scored at one time, about.
       placement: how rows reach the devices.
     """
-    num_rows = -(-batch_size // placement.num_shards) * placement.num_shards
-    num_completions = most_completions(examples)
-    # By length, so that a batch is padded little; one example a row keeps track of it.
-    order = sorted(range(len(examples)), key=lambda index: row_length(examples[index]))
     scores: list[tuple[float, ...]] = [()] * len(examples)
-    with track("Scoring", total=-(-len(order) // num_rows)) as advance:
-        for start in range(0, len(order), num_rows):
-            chosen = order[start : start + num_rows]
-            some = [examples[index] for index in chosen]
-            rows = [[example] for example in some] + [[]] * (num_rows - len(some))
-            length = choose_row_length(some)
-            batch = as_batch(rows, length=length, num_completions=num_completions)
+    with track("Scoring", total=-(-len(examples) // batch_size)) as advance:
+        for rows, batch in packed_batches(examples, batch_size, placement.num_shards):
             rewards = jax.device_get(step(params, placement.put(batch)))
-            for index, example, row in zip(chosen, some, rewards, strict=False):
-                scores[index] = tuple(row[0, : len(example.completions)].tolist())
+            for row, places in enumerate(rows):
+                for slot, place in enumerate(places):
+                    count = len(examples[place].completions)
+                    scores[place] = tuple(rewards[row, slot, :count].tolist())
             advance("")
     return scores
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpojax.data.packing import Example, pack
+from dpojax.data.packing import Example, as_batch
 from dpojax.models.attention import Window, attention, visible
 from dpojax.models.cudnn import cudnn_attention
 from dpojax.models.flash import choose_block, flash_attention
@@ -53,8 +53,8 @@ def make_rows() -> Rows:
         Example(tokens(12), (tokens(14), tokens(14), tokens(6))) for _ in range(3)
     ]
     examples.append(Example(np.full(40, 3), (tokens(3),)))
-    batch = pack(examples, length=45, row_multiple=4)
-    assert list(np.max(batch.example, axis=1)) == [1, 2, 1, 0]
+    rows = [[examples[3]], examples[:2], [examples[2]], []]
+    batch = as_batch(rows, length=45, num_slots=2, num_completions=3)
     return Rows(*map(jnp.asarray, (batch.example, batch.branch, batch.position)))
 
 

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 from dpojax.batch import Batch
-from dpojax.data.loader import evaluation_batches, fingerprint, training_batches
-from dpojax.data.packing import Example, choose_row_length
+from dpojax.data.loader import (
+    evaluation_batches,
+    fingerprint,
+    packed_batches,
+    training_batches,
+)
+from dpojax.data.packing import Example
 
 
 def as_example(prompt: list[int], *completions: list[int]) -> Example:
@@ -85,24 +90,39 @@ def test_another_seed_gives_another_order(examples: list[Example]):
     assert order(batches(examples)) != order(batches(examples, seed=1))
 
 
-def test_the_batch_size_does_not_change_the_order(examples: list[Example]):
-    whole = order(batches(examples, batch_size=10, stop=3))
-    parts = order(batches(examples, batch_size=5, stop=6))
-    assert [sorted(parts[at : at + 10]) for at in (0, 10, 20)] == [
-        whole[at : at + 10] for at in (0, 10, 20)
-    ]
+def test_devices_and_microbatches_do_not_change_which_examples_share_a_batch(
+    examples: list[Example],
+):
+    one, four = batches(examples), batches(examples, row_multiple=4)
+    assert [numbers(batch) for batch in one] == [numbers(batch) for batch in four]
+    assert {batch.tokens.shape[0] % 4 for batch in four} == {0}
+
+
+def test_rows_have_the_length_that_is_asked_for(examples: list[Example]):
+    shapes = {batch.tokens.shape for batch in batches(examples, row_length=77)}
+    assert {length for _, length in shapes} == {77}
+    with pytest.raises(ValueError, match="row_length is 9, but an example can take"):
+        batches(examples, row_length=9)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 16])
 def test_evaluation_covers_every_example_once(examples: list[Example], batch_size: int):
     found = list(evaluation_batches(examples, batch_size))
     assert sorted(order(found)) == list(range(10))
-    assert len(found) == -(-10 // batch_size)
+    assert len(found) <= -(-10 // batch_size)
+    assert len({batch.tokens.shape for batch in found}) == 1
 
 
-def test_evaluation_has_rows_of_one_length(examples: list[Example]):
-    lengths = {batch.tokens.shape[1] for batch in evaluation_batches(examples, 4)}
-    assert lengths == {choose_row_length(examples)}
+def test_packed_batches_say_where_each_example_is(examples: list[Example]):
+    found = []
+    for rows, batch in packed_batches(examples, batch_size=4, row_multiple=2):
+        assert batch.tokens.shape[0] % 2 == 0
+        for row, places in enumerate(rows):
+            for slot, place in enumerate(places):
+                lengths = [len(tokens) for tokens in examples[place].completions]
+                assert batch.completion_length[row, slot].tolist() == lengths
+            found += places
+    assert sorted(found) == list(range(10))
 
 
 def test_each_example_gets_another_completion_of_its_batch(examples: list[Example]):
@@ -114,6 +134,21 @@ def test_each_example_gets_another_completion_of_its_batch(examples: list[Exampl
         first = np.sort(before.completion_length[..., 0], None)
         np.testing.assert_array_equal(own[-5:], first[-5:])
         np.testing.assert_array_equal(own, other)
+
+
+@pytest.mark.parametrize("longest", [14, 20])
+def test_mismatched_completions_fit_whichever_an_example_gets(
+    examples: list[Example], longest: int
+):
+    """Cut to fourteen tokens with the prompt, or whole; over ten epochs."""
+    alone = [
+        example._replace(completions=example.completions[:1]) for example in examples
+    ]
+    settings = {"batch_size": 5, "num_seen": 100, "stop": 20}
+    for batch in batches(alone, **settings, mismatch_within=longest):
+        lengths = batch.completion_length[batch.live]
+        assert len(lengths) == 5 and lengths.min() > 0
+        assert lengths[:, 1].max() <= longest - 2
 
 
 def test_the_fingerprint_is_that_of_the_tokens(examples: list[Example]):

@@ -13,11 +13,12 @@ from dpojax.data.packing import (
     Example,
     as_batch,
     bucket_length,
-    choose_row_length,
     pack,
     row_length,
+    row_lengths,
     with_mismatched,
 )
+from dpojax.data.plan import Shape, choose_shape
 
 
 def as_example(prompt: Sequence[int], *completions: Sequence[int]) -> Example:
@@ -189,7 +190,11 @@ pairs = st.builds(
 
 @given(st.lists(pairs, min_size=1, max_size=40), st.integers(1, 4))
 def test_packing_keeps_every_example_whole(some: list[Example], multiple: int):
-    batch = pack(some, choose_row_length(some), row_multiple=multiple)
+    lengths = row_lengths(some)
+    shape = choose_shape([lengths], longest=int(lengths.max()), row_multiple=multiple)
+    batch = pack(some, shape)
+    expected = {(rows, shape.row_length) for rows in shape.num_rows} | {shape.small}
+    assert batch.tokens.shape in expected
     assert batch.tokens.shape[0] % multiple == 0
     found = sorted(
         tuple(batch.completion_length[row, slot].tolist())
@@ -200,9 +205,16 @@ def test_packing_keeps_every_example_whole(some: list[Example], multiple: int):
 
 def test_rows_of_equal_examples_are_filled():
     example = Example(np.arange(3, dtype=np.int32), (np.arange(7, dtype=np.int32),))
-    batch = pack([example] * 8, length=36)  # each takes nine positions
+    batch = pack([example] * 8, Shape(36, (2, 4), 4))  # each takes nine positions
     assert batch.tokens.shape == (2, 36)
     assert np.all(batch.example > 0)
+
+
+def test_a_batch_has_the_first_number_of_rows_that_is_enough():
+    example = Example(np.arange(3, dtype=np.int32), (np.arange(7, dtype=np.int32),))
+    batch = pack([example] * 9, Shape(36, (2, 4, 8), 4))
+    assert batch.tokens.shape == (4, 36)
+    assert np.count_nonzero(batch.live) == 9
 
 
 def test_mismatched_completions_avoid_those_of_the_same_prompt():

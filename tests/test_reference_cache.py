@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny_models import keep_gradient
 
@@ -42,7 +40,7 @@ from dpojax.precompute import precompute, reference
 from dpojax.prepare import load_split, make_configured_loss
 from dpojax.reference import copy_params
 from dpojax.reference_cache import Cache, find_cache, hash_example, read_cache
-from dpojax.reference_pass import fill_rows, make_reference_step, with_reference
+from dpojax.reference_pass import make_reference_step, with_reference
 from dpojax.run import run
 from dpojax.sharding import Placement, make_mesh, make_placement
 from dpojax.train_step import init_state, make_train_step
@@ -95,7 +93,7 @@ def precomputed(
         make_reference_step(model.apply, mesh),
         lambda: params,
         find_cache(place, {}),
-        num_rows=4,
+        batch_size=4,
         placement=make_placement(mesh),
     )
 
@@ -309,7 +307,7 @@ def fill(examples: list[Example], cache: Cache, step: Any = stand_in) -> int:
         return step(params, batch)
 
     how: Any = {
-        "num_rows": 2,
+        "batch_size": 4,
         "placement": Placement(lambda batch: batch, 2, make_mesh()),
     }
     found = with_reference(examples, counted, lambda: None, cache, per_file=8, **how)
@@ -369,13 +367,6 @@ def test_numbers_that_are_not_finite_are_refused_and_not_kept(tmp_path: Path):
     with pytest.raises(ValueError, match="damage in its weights"):
         fill(random_examples(4), cache, overflows)
     assert read_cache(cache) == {}
-
-
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
-def test_rows_hold_every_example_once_and_no_more_than_fits(lengths: list[int]):
-    rows = fill_rows(lengths, 20)
-    assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
-    assert all(sum(lengths[place] for place in row) <= 20 for row in rows)
 
 
 def test_by_hand_the_numbers_stand_where_their_completions_do():

@@ -15,12 +15,14 @@ from dpojax.cli import _load_experiment
 from dpojax.command_config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
 from dpojax.commands import evaluate_policy, init
 from dpojax.config import OptimizerConfig, TrainConfig
+from dpojax.data.order import WINDOW
 from dpojax.data.synthetic import (
     make_tokenizer,
 )
 from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import sample_metrics
 from dpojax.exporting import export
+from dpojax.resume import check_note, make_note
 from dpojax.run import Result, run
 from dpojax.run_directory import write_samples
 from dpojax.sampling import generate
@@ -111,6 +113,19 @@ def test_samples_of_a_step_replace_those_of_it_and_of_later_ones(tmp_path: Path)
     write(4)
     assert [row["step"] for row in samples_of(tmp_path)] == [0, 2, 4]
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_what_decides_the_order_of_the_data_is_noted(config: TrainConfig):
+    note = make_note(config, "", 16)
+    assert note != make_note(replace(config, row_length=512), "", 16)
+    assert note["window of examples"] == WINDOW
+
+
+def test_a_note_of_an_earlier_version_is_refused_in_one_sentence(config: TrainConfig):
+    note = make_note(config, "", 16)
+    earlier = {key: value for key, value in note.items() if "window" not in key}
+    with pytest.raises(ValueError, match="another window of examples: it was None"):
+        check_note(earlier, note, Path("runs/old"))
 
 
 def test_a_resumed_run_must_be_the_same_run(whole: Result, config: TrainConfig):

@@ -224,7 +224,7 @@ def test_every_step_agrees_with_trls(name: str, shared: Path, tmp_path: Path):
             make_reference_step(fixture_model(directory)[0].apply, make_mesh()),
             lambda reference=reference: reference,
             find_cache(tmp_path, {}),
-            num_rows=8,
+            batch_size=8,
             placement=make_placement(make_mesh()),
         )
         reference = None

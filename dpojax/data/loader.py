@@ -1,28 +1,36 @@
 """Batches as a function of seed and step; Grain prepares them ahead.
 
-An epoch is a permutation of the examples drawn from (seed, epoch); batches follow one
-another through it without a gap, and each is packed into few rows. The number of the
-step is the whole state of the data: resuming needs nothing else. This file knows
-neither text nor devices.
+Which examples share a batch is `dpojax.data.order`'s concern, and which share a row
+`dpojax.data.plan`'s. The number of the step is the whole state of the data: resuming
+needs nothing else. This file knows neither text nor devices.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import grain
 import numpy as np
 
 from dpojax.batch import Batch
+from dpojax.data.order import WINDOW, make_order
 from dpojax.data.packing import (
     Example,
-    bucket_length,
-    choose_row_length,
+    as_batch,
     most_completions,
     pack,
-    row_length,
+    row_lengths,
     with_mismatched,
 )
+from dpojax.data.plan import (
+    Lengths,
+    Rows,
+    choose_shape,
+    pack_rows,
+    round_up,
+)
+
+# By so many examples, of so many batches, the shape of a run is chosen.
+_SEEN_FIRST, _MOST_BATCHES = 4_096, 32
 
 
 def training_batches(
@@ -34,6 +42,8 @@ def training_batches(
     start: int,
     stop: int,
     row_multiple: int = 1,
+    row_length: int | None = None,
+    window: int = WINDOW,
     mismatch_within: int | None = None,
 ) -> Iterator[Batch]:
     """The batches of the steps ``start, ..., stop - 1``, prepared in the background.
@@ -46,40 +56,105 @@ def training_batches(
       start: first step.
       stop: one past the last step.
       row_multiple: the number of rows is a multiple of this.
+      row_length: positions of a row; None: what wastes least.
+      window: about so many examples are dealt to batches at one time.
       mismatch_within: given, each example gets another completion of its batch as its
         second, which may have so many tokens with the prompt.
-    """
-    num_completions = most_completions(examples)
-    length = choose_row_length(examples)
-    if mismatch_within is not None:
-        length, num_completions = (
-            bucket_length(
-                max(map(row_length, examples))
-                + max(len(example.completions[0]) for example in examples)
-            ),
-            2,
-        )
 
-    def at(step: int) -> Batch:
+    Raises:
+      ValueError: if an example does not fit into a row.
+    """
+    lengths, most = _planned_lengths(examples, mismatch_within)
+    order = make_order(
+        lengths, batch_size=batch_size, seed=seed, window=window, row_length=row_length
+    )
+    num_completions = most_completions(examples) if mismatch_within is None else 2
+
+    def examples_of(step: int) -> list[Example]:
         places = range(step * batch_size, min((step + 1) * batch_size, num_seen))
-        chosen = [_example_at(place, len(examples), seed) for place in places]
-        batch = [examples[index] for index in chosen]
+        batch = [examples[place] for place in order(places)]
         if mismatch_within is not None:
             batch = with_mismatched(batch, mismatch_within)
-        return pack(batch, length, row_multiple, num_completions)
+        return batch
 
-    steps = grain.MapDataset.range(start, stop).map(at)
+    some = _first_steps(min(len(examples), num_seen), batch_size)
+    shape = choose_shape(
+        [row_lengths(examples_of(step)) for step in some],
+        longest=int(most.max()),
+        row_multiple=row_multiple,
+        row_length=row_length,
+    )
+    steps = grain.MapDataset.range(start, stop).map(
+        lambda step: pack(examples_of(step), shape, num_completions)
+    )
     return iter(steps.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4)))
 
 
 def evaluation_batches(
     examples: Sequence[Example], batch_size: int, row_multiple: int = 1
 ) -> Iterator[Batch]:
-    """Every example once, in rows of one length, so that few programs are compiled."""
-    length, num_completions = choose_row_length(examples), most_completions(examples)
-    for start in range(0, len(examples), batch_size):
-        some = examples[start : start + batch_size]
-        yield pack(some, length, row_multiple, num_completions)
+    """Every example once, in batches of one shape; see `packed_batches`."""
+    for _, batch in packed_batches(examples, batch_size, row_multiple):
+        yield batch
+
+
+def packed_batches(
+    examples: Sequence[Example], batch_size: int, row_multiple: int = 1
+) -> Iterator[tuple[Rows, Batch]]:
+    """Every example once, in batches of one shape, with where each of them is.
+
+    Args:
+      examples: what to go through.
+      batch_size: examples of a batch, about: its rows are as many as these need.
+      row_multiple: the number of rows is a multiple of this.
+
+    Yields:
+      Rows, each the places of its examples, which stand in its slots in that order;
+      and the batch. Its last rows may be empty.
+    """
+    lengths = row_lengths(examples)
+    some = lengths[:: -(-len(lengths) // _SEEN_FIRST)]
+    shape = choose_shape([some], longest=int(lengths.max()))
+    rows = pack_rows(lengths, shape.row_length, shape.num_slots)
+    # Losses that look at a whole batch see short and long examples in it, mixed.
+    rows = [rows[row] for row in np.random.default_rng(0).permutation(len(rows))]
+    num_batches = -(-len(examples) // batch_size)
+    num_rows = round_up(-(-len(rows) // num_batches), row_multiple)
+    for start in range(0, len(rows), num_rows):
+        part = rows[start : start + num_rows]
+        filled = [[examples[place] for place in row] for row in part]
+        yield (
+            part,
+            as_batch(
+                filled + [[]] * (num_rows - len(part)),
+                length=shape.row_length,
+                num_slots=shape.num_slots,
+                num_completions=most_completions(examples),
+            ),
+        )
+
+
+def _first_steps(num_examples: int, batch_size: int) -> list[int]:
+    """Some steps of the first epoch, whole batches where it has any."""
+    whole = max(1, num_examples // batch_size)
+    count = min(whole, _MOST_BATCHES, max(2, _SEEN_FIRST // batch_size))
+    return np.linspace(0, whole - 1, count).astype(int).tolist()
+
+
+def _planned_lengths(
+    examples: Sequence[Example], mismatch_within: int | None
+) -> tuple[Lengths, Lengths]:
+    """Positions by which examples are dealt, and the most that each can take.
+
+    With mismatched completions, a batch has as many positions as if each example had
+    its own completion twice.
+    """
+    lengths = row_lengths(examples)
+    if mismatch_within is None:
+        return lengths, lengths
+    own = np.array([len(example.completions[0]) for example in examples])
+    room = mismatch_within - np.array([len(example.prompt) for example in examples])
+    return lengths + own, lengths + np.minimum(own.max(), room)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -93,13 +168,3 @@ def fingerprint(examples: Sequence[Example]) -> str:
         for mask in example.masks or ():
             digest.update(mask.tobytes())
     return digest.hexdigest()
-
-
-def _example_at(place: int, num_examples: int, seed: int) -> int:
-    epoch, offset = divmod(place, num_examples)
-    return int(_permutation(num_examples, seed, epoch)[offset])
-
-
-@lru_cache(maxsize=2)  # a batch may span the end of one epoch and the next
-def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_examples)

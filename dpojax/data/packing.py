@@ -1,6 +1,6 @@
 """From token ids to rows: the layout of `dpojax.batch`, built on the host.
 
-This file knows neither text nor where examples come from.
+This file knows neither text nor where examples come from, nor why they share a row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dpojax.batch import Batch
+from dpojax.data.plan import Lengths, Shape, fill_shape
 
 Tokens = Int[np.ndarray, " tokens"]
-MAX_SLOTS = 16  # the most examples that `pack` puts into a row
 
 
 class Example(NamedTuple):
@@ -32,6 +32,11 @@ class Example(NamedTuple):
 def row_length(example: Example) -> int:
     """Positions that an example takes: ``P - 1 + sum(n_k)``."""
     return len(example.prompt) - 1 + sum(len(tokens) for tokens in example.completions)
+
+
+def row_lengths(examples: Sequence[Example]) -> Lengths:
+    """Positions that each example takes."""
+    return np.array([row_length(example) for example in examples], int)
 
 
 def end_as_input(example: Example, padding: int | None = None) -> Example:
@@ -69,48 +74,25 @@ def bucket_length(length: int, smallest: int = 16) -> int:
     return three_quarters if fits else power
 
 
-def choose_row_length(examples: Sequence[Example]) -> int:
-    """Positions of the rows of a data set: what its longest example needs.
-
-    Longer rows could leave less padding, but attention costs their length squared.
-    """
-    return bucket_length(max(map(row_length, examples)))
-
-
 def pack(
-    examples: Sequence[Example],
-    length: int,
-    row_multiple: int = 1,
-    num_completions: int | None = None,
+    examples: Sequence[Example], shape: Shape, num_completions: int | None = None
 ) -> Batch:
-    """Lays examples out in as few rows as first-fit decreasing needs.
+    """Lays examples out in as few rows as they need, of a shape that the run compiles.
 
     Args:
       examples: what the batch holds.
-      length: positions of a row; no example is longer.
-      row_multiple: the number of rows is a multiple of this, and of few values beside
-        it, so that a run compiles a handful of programs.
+      shape: of the run; no example is longer than its rows.
       num_completions: the most completions of an example, of the whole data set so that
         all its batches have one shape; by default of these examples.
     """
-    rows: list[list[Example]] = []
-    room: list[int] = []
-    most = min(len(examples), MAX_SLOTS)
-    for example in sorted(examples, key=row_length, reverse=True):
-        needed = row_length(example)
-        fits = (r for r, free in enumerate(room) if free >= needed)
-        row = next((r for r in fits if len(rows[r]) < most), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(length)
-        rows[row].append(example)
-        room[row] -= needed
-    count = row_multiple * bucket_length(-(-len(rows) // row_multiple), smallest=1)
-    rows += [[] for _ in range(count - len(rows))]
+    rows, length = fill_shape(row_lengths(examples), shape)
     if num_completions is None:
         num_completions = most_completions(examples)
     return as_batch(
-        rows, length=length, num_slots=most, num_completions=num_completions
+        [[examples[place] for place in row] for row in rows],
+        length=length,
+        num_slots=shape.num_slots,
+        num_completions=num_completions,
     )
 
 
@@ -135,12 +117,7 @@ def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Exampl
             "This loss compares each example with another of its batch; give batches "
             "of at least two."
         )
-    prompts = [example.prompt.tobytes() for example in examples]
-
-    def num_own(shift: int) -> int:
-        return sum(prompts[i] == prompts[i - shift] for i in range(count))
-
-    shift = min(range(1, count), key=num_own)
+    shift = _best_shift([example.prompt.tobytes() for example in examples])
     mixed = []
     for place, example in enumerate(examples):
         other, room = examples[place - shift], max_length - len(example.prompt)
@@ -154,6 +131,19 @@ def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Exampl
         changed = example._replace(reference=None, reference_prefix=None)
         mixed.append(changed._replace(completions=completions, masks=cut))
     return mixed
+
+
+def _best_shift(prompts: Sequence[bytes]) -> int:
+    """Places by which to move completions so that the fewest keep their prompt."""
+    numbers = np.unique(prompts, return_inverse=True)[1]
+    best, fewest = 1, len(prompts) + 1
+    for shift in range(1, len(prompts)):
+        num_own = np.count_nonzero(numbers == np.roll(numbers, shift))
+        if num_own < fewest:
+            best, fewest = shift, num_own
+        if fewest == 0:
+            break
+    return best
 
 
 def as_batch(
@@ -177,12 +167,6 @@ def as_batch(
     Raises:
       ValueError: if a row's examples do not fit.
     """
-    shape = (len(rows), length)
-    tokens, labels, position, example, branch = np.zeros((5, *shape), np.int32)
-    slots = (len(rows), num_slots)
-    lengths = np.zeros((*slots, num_completions), np.int32)
-    scores = np.zeros(lengths.shape, np.float32)
-    weights = np.zeros(slots, np.float32)
     for row, examples in enumerate(rows):
         needed = sum(map(row_length, examples))
         if needed > length or len(examples) > num_slots:
@@ -190,25 +174,26 @@ def as_batch(
                 f"Row {row} holds {len(examples)} examples of {needed} positions; "
                 f"it has {num_slots} slots and {length} positions."
             )
-        start = 0
+    laid_out, used = _lay_out(rows)
+    arrays = np.zeros((5, len(rows), length), np.int32)
+    arrays[:, np.arange(length) < used[:, None]] = laid_out
+    tokens, labels, position, example, branch = arrays
+    lengths = np.zeros((len(rows), num_slots, num_completions), np.int32)
+    scores = np.zeros(lengths.shape, np.float32)
+    weights = np.zeros(lengths.shape[:2], np.float32)
+    for row, examples in enumerate(rows):
         for slot, packed in enumerate(examples):
             weights[row, slot] = packed.weight
+            parts = packed.completions if packed.masks is None else packed.masks
+            count = len if packed.masks is None else np.count_nonzero
+            lengths[row, slot, : len(parts)] = [count(part) for part in parts]
             if packed.scores is not None:
                 scores[row, slot, : len(packed.scores)] = packed.scores
-            for number, inputs, targets in _segments(packed):
-                here = slice(start, start + len(inputs))
-                first = 0 if number == 0 else len(packed.prompt) - 1
-                tokens[row, here], labels[row, here] = inputs, targets
-                position[row, here] = np.arange(first, first + len(inputs))
-                example[row, here], branch[row, here] = slot + 1, number
-                if number:
-                    lengths[row, slot, number - 1] = np.count_nonzero(targets >= 0)
-                start = here.stop
     wholes = [[packed.reference for packed in some] for some in rows]
     prefixes = [[packed.reference_prefix for packed in some] for some in rows]
     known = _known_numbers(wholes, lengths), _known_numbers(prefixes, lengths)
-    arrays = (tokens, labels, position, example, branch, lengths, scores, weights)
-    return Batch(*arrays, *known)
+    sums = (lengths, scores, weights)
+    return Batch(tokens, labels, position, example, branch, *sums, *known)
 
 
 def _known_numbers(
@@ -233,6 +218,35 @@ def _known_numbers(
             if numbers is not None:
                 array[row, slot, : len(numbers)] = numbers
     return array
+
+
+def _lay_out(
+    rows: Sequence[Sequence[Example]],
+) -> tuple[Int[np.ndarray, "5 positions"], Int[np.ndarray, " rows"]]:
+    """Tokens, labels, position, example and branch of all rows, one after another.
+
+    Returns:
+      These, without padding, and how many of them each row has.
+    """
+    inputs, labels, firsts, numbers, branches = [], [], [], [], []
+    used = np.zeros(len(rows), int)
+    for row, examples in enumerate(rows):
+        for slot, example in enumerate(examples):
+            used[row] += row_length(example)
+            for branch, tokens, targets in _segments(example):
+                inputs.append(tokens)
+                labels.append(targets)
+                firsts.append(len(example.prompt) - 1 if branch else 0)
+                numbers.append(slot + 1)
+                branches.append(branch)
+    sizes = np.array([len(tokens) for tokens in inputs], int)
+    starts = np.cumsum(sizes) - sizes
+    of_segments = np.array([firsts - starts, numbers, branches], int)
+    shifts, example, branch = np.repeat(of_segments, sizes, axis=1)
+    none = np.zeros(0, np.int32)
+    tokens, targets = (np.concatenate([none, *parts]) for parts in (inputs, labels))
+    position = np.arange(len(tokens)) + shifts
+    return np.stack([tokens, targets, position, example, branch]), used
 
 
 def _segments(example: Example) -> Iterator[tuple[int, Tokens, Tokens]]:
