@@ -195,7 +195,7 @@ class TrainConfig:
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
     remat: Literal["none", "dots", "save_attention", "full", "offload"] | None = None
-    """What of a layer is not kept but recomputed. Default: full, on a CPU none."""
+    """What of a layer is not kept but recomputed. Default: full, on a CPU dots."""
     offload: tuple[Literal["optimizer", "reference"], ...] = ()
     """What is kept in the host's memory: optimizer (its moments), reference or both."""
     fit: bool = False

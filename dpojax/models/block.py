@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 
 from dpojax.models.experts import Experts
 from dpojax.models.linear import Linear, Options
-from dpojax.models.remat import as_attention
 from dpojax.models.shape import DecoderConfig
 from dpojax.routing import Choice
 
@@ -110,7 +109,7 @@ class Attention(nnx.Module):
         query, key = self._query_and_key(hidden)
         value = self._as_heads(self.value(hidden))
         attended, cache = attend(rotate(query), rotate(key), value, cache)
-        attended = as_attention(attended.reshape(*hidden.shape[:2], -1))
+        attended = attended.reshape(*hidden.shape[:2], -1)
         return self.output(attended), cache
 
     def _query_and_key(self, hidden: Hidden) -> tuple[Array, Array]:

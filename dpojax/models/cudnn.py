@@ -7,6 +7,7 @@ CUDA; it has never run on a GPU. This file knows the call and what cuDNN does no
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dpojax.models.attention import Window, visible
@@ -45,9 +46,10 @@ def cudnn_attention(
     """
     _refuse(query, cap)
     mask = visible(example, branch, query.shape[1], window=window)[:, None]
-    return jax.nn.dot_product_attention(
+    attended = jax.nn.dot_product_attention(
         query, key, value, mask=mask, scale=scale, implementation="cudnn"
     )
+    return checkpoint_name(attended, "attention")
 
 
 def _refuse(query: Array, cap: float | None) -> None:

@@ -47,11 +47,6 @@ def rematerialize(body: Body, remat: Remat) -> Body:
     return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat])
 
 
-def as_attention(attended: Array) -> Array:
-    """Names what attention returns."""
-    return checkpoint_name(attended, _ATTENTION)
-
-
 def as_residual(hidden: Array) -> Array:
     """Names the hidden states that enter a layer."""
     return checkpoint_name(hidden, _RESIDUAL)
