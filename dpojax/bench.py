@@ -30,8 +30,14 @@ from dpojax.measured_steps import (
     take_steps,
 )
 from dpojax.placing import default_dtype
-from dpojax.policy import Policy, load_policy, make_policy
-from dpojax.prepare import check_settings, load_split, make_configured_loss
+from dpojax.policy import Policy, computed, load_policy, make_policy
+from dpojax.precompute import precompute
+from dpojax.prepare import (
+    check_settings,
+    load_split,
+    make_configured_loss,
+    named_reference,
+)
 from dpojax.progress import say, show_table
 from dpojax.run_log import num_parameters
 from dpojax.sharding import make_mesh, make_placement, num_row_shards
@@ -42,7 +48,7 @@ Figures = dict[str, Any]
 
 _OF_RUNS = (
     "resume", "epochs", "stop_after", "log_every", "evaluate_every", "save_every",
-    "keep_last", "sample_prompts", "sample_tokens", "test_split",
+    "keep_last", "sample_prompts", "sample_tokens", "test_split", "fit", "memory_limit",
 )  # fmt: skip
 _OF_DATA = (
     "data_weights", "columns", "pairs_from", "rejection_beta", "turns", "train_split",
@@ -66,11 +72,13 @@ def bench(config: BenchConfig) -> Figures:
 
     # -- Model, data and step ---------------------------------------------------------
     if config.model is None:
-        loaded = make_random_model(config, mesh)
+        loaded = computed(make_random_model(config, mesh), config, mesh)
     else:
         loaded = load_policy(config, loss, mesh)
     examples = _examples(config, loss, loaded)
     policy = make_policy(config, loss, loaded, mesh)
+    if named_reference(config.reference).is_precomputed:
+        (examples,), _ = precompute(config, loaded, mesh, (examples,))
     num_steps = config.unmeasured_steps + (config.steps or 0)
     training = make_training(config, loss, loaded, policy, mesh, num_steps)
     state = training.begin()
@@ -129,6 +137,8 @@ def _check(config: BenchConfig, loss: Loss) -> None:
             "Data as text goes with a --model, whose tokenizer reads it, and without a "
             "--token-file."
         )
+    if config.model is None and config.reference is not None:
+        raise ValueError("The reference of a random model is itself; give --model.")
     _refuse(config, _OF_RUNS, "has no effect on a benchmark")
     if config.data:
         _refuse(config, _OF_RANDOM_PAIRS, "has no effect on given data")
@@ -247,7 +257,7 @@ def _flops(
         step_flops(
             loaded.model.config,
             step.batch,
-            has_reference="reference" in loss.needs,
+            has_reference="reference" in loss.needs and step.batch.reference is None,
             adapter_size=adapters,
         )
         for step in measured
