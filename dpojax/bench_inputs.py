@@ -121,6 +121,7 @@ def make_random_model(config: BenchConfig, mesh: Mesh) -> Loaded:
         config.remat or default_remat(),
         config.lora.base,
         config.lora.dropout,
+        config.attention,
     )
     model = make_kept_model(shape, keeping, lora)
     where = as_shardings(model.params, mesh)

@@ -194,6 +194,8 @@ class TrainConfig:
 
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
+    attention: Literal["auto", "xla", "flash", "cudnn"] = "auto"
+    """Kernel over whole rows: flash (TPU), cudnn (GPU), xla. Auto: flash on TPUs."""
     remat: Literal["none", "dots", "save_attention", "full", "offload"] | None = None
     """What of a layer is not kept but recomputed. Default: full, on a CPU dots."""
     offload: tuple[Literal["optimizer", "reference"], ...] = ()

@@ -15,11 +15,17 @@ from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_params, read_settings
+from dpojax.models.kernels import KernelChoice, choose_kernel, make_attend
 from dpojax.models.lora import LoraShape, start_adapters
 from dpojax.models.peft import read_adapters
 from dpojax.models.quantized import make_quantize
 from dpojax.models.remat import Remat
-from dpojax.sharding import as_shardings, make_by_shard, make_constrain
+from dpojax.sharding import (
+    as_shardings,
+    make_by_shard,
+    make_by_shard_and_head,
+    make_constrain,
+)
 
 BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 
@@ -32,6 +38,7 @@ class Keeping(NamedTuple):
     remat: Remat
     base_dtype: BaseDtype | None  # of a base of adapters; None: as it computes
     dropout: float  # of what enters adapters, in training
+    attention: KernelChoice = "auto"
 
 
 def make_kept_model(
@@ -40,7 +47,8 @@ def make_kept_model(
     """The functions of a model that is kept so.
 
     Raises:
-      ValueError: for experts that would have to be quantised.
+      ValueError: for experts that would have to be quantised, or a kernel of another
+        kind of machine.
     """
     compute_dtype = jnp.dtype(keeping.compute_dtype or default_dtype())
     base = keeping.base_dtype
@@ -61,6 +69,10 @@ def make_kept_model(
         by_shard=make_by_shard(keeping.mesh),
         quantization=base if base == "int8" or base == "nf4" else None,
         lora=lora,
+        attend=make_attend(
+            choose_kernel(keeping.attention, config.head_dimension),
+            make_by_shard_and_head(keeping.mesh),
+        ),
     )
 
 

@@ -64,6 +64,7 @@ def computed(loaded: Loaded, config: TrainConfig, mesh: Mesh) -> Loaded:
         config.remat or default_remat(),
         lora.base,
         lora.dropout,
+        config.attention,
     )
     model = make_kept_model(loaded.model.config, keeping, loaded.model.lora)
     if "reference" in config.offload:

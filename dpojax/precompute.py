@@ -18,6 +18,7 @@ from dpojax.command_config import ReferenceConfig
 from dpojax.config import TrainConfig
 from dpojax.data.packing import Example
 from dpojax.loading import Loaded, check_positions, load_reference, weight_files
+from dpojax.models.kernels import choose_kernel
 from dpojax.models.lora import split_adapters
 from dpojax.placing import default_dtype
 from dpojax.policy import load_policy
@@ -98,6 +99,7 @@ def make_cache(config: TrainConfig, loaded: Loaded) -> Cache:
         "compute_dtype": str(jnp.dtype(config.compute_dtype or default_dtype())),
         "kept_as": model.quantization or ", ".join(sorted(dtypes)),
         "backend": jax.default_backend(),
+        "attention": choose_kernel(config.attention, model.config.head_dimension),
         "precision": str(jax.config.values["jax_default_matmul_precision"]),
     }
     return find_cache(default_root() if root is None else Path(root), parts)

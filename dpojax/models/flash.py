@@ -24,11 +24,10 @@ from dpojax.models.flash_calls import (
 from dpojax.models.flash_kernels import LANES, Settings
 from dpojax.models.flash_plan import Facts, Plan, count_pairs, make_facts, make_plans
 
-KEPT = (
-    "attention"  # names what the forward pass keeps, for policies of `jax.checkpoint`
-)
+# Names what the forward pass keeps, for policies of `jax.checkpoint`.
+KEPT = "attention"
 _LARGEST_BLOCK = 512
-_LARGEST_DIMENSION = 256
+LARGEST_DIMENSION = 256
 _MOST_PAIRS = 40_000  # six integers each, in 1 MiB of scalar memory
 
 
@@ -126,9 +125,9 @@ def _refuse(query: Array, key: Array, value: Array, block: int, is_free: bool) -
             f"Flash attention was given {num_heads} heads of queries and {key.shape[2]}"
             " of keys; the latter must divide the former."
         )
-    if dimension > _LARGEST_DIMENSION:
+    if dimension > LARGEST_DIMENSION:
         raise ValueError(
-            f"Flash attention serves heads of at most {_LARGEST_DIMENSION} dimensions, "
+            f"Flash attention serves heads of at most {LARGEST_DIMENSION} dimensions, "
             f"not {dimension}; use XLA's attention for this model."
         )
     if block < 1 or (block % LANES and not is_free):

@@ -66,7 +66,11 @@ def main(inputs: Inputs) -> None:
     else:
         assert inputs.tokenizer is not None
         tokenizer = load_tokenizer(inputs.tokenizer)
-        examples = read(inputs.data, tokenizer, inputs.max_length)
+        every = read(inputs.data, tokenizer, inputs.max_length)
+        # No more than the steps take: a precomputed reference looks at all of them.
+        random = np.random.default_rng(inputs.seed)
+        chosen = random.permutation(len(every))[: inputs.batch_size * inputs.steps]
+        examples = [every[place] for place in chosen]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     settings = {
