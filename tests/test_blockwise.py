@@ -34,7 +34,8 @@ def random_rows(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     def example() -> Example:
         prompt, *completions = random.integers(1, 8, 1 + random.integers(1, 4))
-        return Example(np.ones(prompt, np.int32), tuple(map(np.ones, completions)))
+        prompt, *completions = (np.ones(n, np.int32) for n in (prompt, *completions))
+        return Example(prompt, tuple(completions))
 
     rows = [[example() for _ in range(random.integers(1, 3))] for _ in range(2)]
     batch = as_batch([*rows, []], length=LENGTH, num_slots=2, num_completions=3)

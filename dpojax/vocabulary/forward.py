@@ -54,6 +54,7 @@ class _Stream(NamedTuple):
     label: Array  # the label's logit
     squares: Array | None  # sum of e^2
     weighted: Array | None  # sum of e z
+    best: Array | None  # the token of the maximum
     pull: Array | None  # [chunk, width]: sum of e dz/dh
     label_pull: Array | None  # [chunk, width]: the label's dz/dh
 
@@ -88,8 +89,10 @@ def forward(
             streams, distance = carry
             logits = [t.logits(h[index]) for t, h in zip(tiles, hidden, strict=True)]
             advanced = [
-                _advance(stream, tile, values, targets[index])
-                for stream, tile, values in zip(streams, tiles, logits, strict=True)
+                _advance(stream, tile, values, rows[index], targets[index])
+                for stream, tile, values, rows in zip(
+                    streams, tiles, logits, hidden, strict=True
+                )
             ]
             if distance is not None:
                 weight = jnp.exp(logits[1] - advanced[1].maximum[:, None])
@@ -109,7 +112,7 @@ def forward(
             distance * jnp.exp(streams[1].maximum - top)
         )
     streams = [_whole(s, shard) for s, shard in zip(streams, shards, strict=True)]
-    return _conclude(places, streams, distance, wanted)
+    return _conclude(places, streams, distance, labels)
 
 
 def _start(labels: Array, wanted: frozenset[Wanted], hidden: Array | None) -> _Stream:
@@ -121,18 +124,20 @@ def _start(labels: Array, wanted: frozenset[Wanted], hidden: Array | None) -> _S
         zeros,
         zeros if "log_sum_squares" in wanted else None,
         zeros if "entropy" in wanted else None,
+        jnp.zeros_like(labels) if "top1" in wanted else None,
         pull,
         pull,
     )
 
 
-def _advance(stream: _Stream, tile: Tile, logits: Array, labels: Array) -> _Stream:
+def _advance(
+    stream: _Stream, tile: Tile, logits: Array, hidden: Array, labels: Array
+) -> _Stream:
     maximum = jnp.maximum(stream.maximum, jnp.max(logits, axis=-1))
     shrink = jnp.exp(stream.maximum - maximum)
     weight = jnp.exp(logits - maximum[:, None])
-    # A sum over a comparison instead of a gather: the label may be in another tile.
-    label = jnp.sum(jnp.where(tile.is_label(labels), logits, 0.0), axis=-1)
-    squares, weighted = stream.squares, stream.weighted
+    label = tile.label_logits(hidden, labels)
+    squares, weighted, best = stream.squares, stream.weighted, stream.best
     pull, label_pull = stream.pull, stream.label_pull
     if squares is not None:
         squares = squares * shrink**2 + jnp.sum(jnp.square(weight), axis=-1)
@@ -141,19 +146,13 @@ def _advance(stream: _Stream, tile: Tile, logits: Array, labels: Array) -> _Stre
     if pull is not None and label_pull is not None:
         slope = (weight * tile.steepness(logits)).astype(tile.matrix.dtype)
         pull = pull * shrink[:, None] + product(slope, tile.matrix, (1, 0))
-        label_pull += _label_pull(tile, labels, label)
+        label_pull += tile.rows(labels) * tile.steepness(label)[:, None]
+    if best is not None:
+        here = tile.first + jnp.argmax(logits, axis=-1).astype(best.dtype)
+        best = jnp.where(maximum > stream.maximum, here, best)
     total = stream.total * shrink + jnp.sum(weight, axis=-1)
-    return _Stream(
-        maximum, total, stream.label + label, squares, weighted, pull, label_pull
-    )
-
-
-def _label_pull(tile: Tile, labels: Array, label_logit: Array) -> Array:
-    place = labels - tile.first
-    inside = (place >= 0) & (place < len(tile.matrix))
-    rows = tile.matrix[jnp.clip(place, 0, len(tile.matrix) - 1)].astype(jnp.float32)
-    steepness = jnp.broadcast_to(tile.steepness(label_logit), label_logit.shape)
-    return jnp.where(inside[:, None], rows * steepness[:, None], 0.0)
+    label = stream.label + label
+    return _Stream(maximum, total, label, squares, weighted, best, pull, label_pull)
 
 
 def _whole(stream: _Stream, shard: MatrixShard) -> _Stream:
@@ -164,13 +163,16 @@ def _whole(stream: _Stream, shard: MatrixShard) -> _Stream:
     def total(value: Array | None, factor: Array | float) -> Array | None:
         return None if value is None else shard.sum_vocabulary(value * factor)
 
-    pull = stream.pull
+    best, pull = stream.best, stream.pull
+    if best is not None:
+        best = shard.max_vocabulary(jnp.where(shrink == 1, best, -1))
     return stream._replace(
         maximum=maximum,
         total=total(stream.total, shrink),
         label=total(stream.label, 1.0),
         squares=total(stream.squares, shrink**2),
         weighted=total(stream.weighted, shrink),
+        best=best,
         pull=total(pull, shrink[..., None]),
         label_pull=total(stream.label_pull, 1.0),
     )
@@ -180,7 +182,7 @@ def _conclude(
     places: Places,
     streams: list[_Stream],
     distance: Array | None,
-    wanted: frozenset[Wanted],
+    labels: Array,
 ) -> tuple[TokenStatistics, Kept]:
     this, other = streams[0], streams[1] if len(streams) == 2 else None
     normaliser = this.maximum + jnp.log(this.total)
@@ -192,9 +194,9 @@ def _conclude(
     if this.weighted is not None:
         entropy = normaliser - this.weighted / this.total
         found = found._replace(entropy=places.join(entropy))
-    if "top1" in wanted:
-        hit = (this.label >= this.maximum).astype(jnp.float32)
-        found = found._replace(top1=places.join(hit))
+    if this.best is not None:
+        hit = this.best == places.split(labels)
+        found = found._replace(top1=places.join(hit.astype(jnp.float32)))
     if this.pull is not None and this.label_pull is not None:
         slope = this.label_pull - this.pull / this.total[..., None]
         kept = Kept(None, None, places.join(slope))

@@ -106,15 +106,46 @@ class Tile(NamedTuple):
         logits = product(hidden, self.matrix, (1, 1))
         if self.bias is not None:
             logits += self.bias
-        return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
+        return self._capped(logits)
 
-    def steepness(self, logits: Array) -> Array | float:
+    def steepness(self, logits: Array) -> Array:
         """What the cap leaves of a gradient by the logits."""
-        return 1.0 if self.cap is None else 1 - jnp.square(logits / self.cap)
+        if self.cap is None:
+            return jnp.ones_like(logits)
+        return 1 - jnp.square(logits / self.cap)
+
+    def rows(self, labels: Array) -> Array:
+        """``[chunk, width]``: the labels' rows of the matrix, 0 where not of this tile.
+
+        In float32.
+        """
+        inside, place = self._places(labels)
+        return jnp.where(inside[:, None], self.matrix[place].astype(jnp.float32), 0.0)
+
+    def label_logits(self, hidden: Array, labels: Array) -> Array:
+        """``[chunk]``: the labels' logits, 0 where not of this tile.
+
+        From their rows: to find them among all logits, XLA's compiler for CPUs would
+        compute these a second time.
+        """
+        inside, place = self._places(labels)
+        logits = jnp.sum(hidden.astype(jnp.float32) * self.rows(labels), axis=-1)
+        if self.bias is not None:
+            logits += self.bias[place]
+        return jnp.where(inside, self._capped(logits), 0.0)
 
     def is_label(self, labels: Array) -> Array:
         """``[chunk, tokens]``."""
         return labels[:, None] - self.first == jnp.arange(len(self.matrix))
+
+    def _places(self, labels: Array) -> tuple[Array, Array]:
+        """Which labels are of this tile, and where in it."""
+        place = labels - self.first
+        inside = (place >= 0) & (place < len(self.matrix))
+        return inside, jnp.clip(place, 0, len(self.matrix) - 1)
+
+    def _capped(self, logits: Array) -> Array:
+        return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
 
 
 def cut(operand: Operand, shard: MatrixShard, start: int | Array, size: int) -> Tile:
