@@ -70,7 +70,7 @@ for _ in range(2):
         make_reference_step(model.apply, mesh),
         lambda: params,
         find_cache(directory / f"kept{process}", {}),
-        num_rows=4,
+        batch_size=4,
         placement=make_placement(mesh),
     )
 print("sums", sum(sum(one.reference) for one in found), flush=True)

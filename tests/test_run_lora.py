@@ -58,7 +58,7 @@ def test_what_a_run_leaves_are_adapters_that_are_evaluated_as_in_the_run(
     assert (settings["r"], settings["lora_alpha"]) == (4, 8)
     first, last = whole.first_evaluation, whole.last_evaluation
     assert abs(first["loss"] - np.log(2)) < 1e-7 and first["rewards/chosen"] == 0
-    assert last["loss"] < first["loss"] - 1e-3
+    assert abs(last["loss"] - first["loss"]) > 1e-3  # of other pairs than those trained
     values = evaluated(final, place / "model", place)
     for name in ("loss", "rewards/margins", "logps/chosen"):
         np.testing.assert_allclose(values[name], last[name], rtol=1e-5, atol=1e-6)
@@ -146,7 +146,9 @@ def test_a_smaller_base_is_trained_on_and_gives_adapters(
 ):
     lora = LoraConfig(rank=4, alpha=8.0, base=base, dropout=0.1, kind="dora")
     output = str(place / f"small-{base}")
-    result = run(replace(config, lora=lora, output=output, steps=3, max_examples=16))
+    # Every step sees the same twelve pairs, so that the loss must fall.
+    few = replace(config, lora=lora, output=output, max_examples=16)
+    result = run(replace(few, steps=3, batch_size=12))
     assert abs(result.first_evaluation["loss"] - np.log(2)) < 1e-4
     rows = (result.directory / "metrics.jsonl").read_text().splitlines()
     trained = [row for row in map(json.loads, rows) if row["split"] == "train"]
