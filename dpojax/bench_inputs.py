@@ -21,7 +21,8 @@ from dpojax.loading import Loaded
 from dpojax.models.decoder import make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.lora import graft
-from dpojax.placing import Keeping, default_remat, make_adapters, make_kept_model
+from dpojax.placing import make_adapters, make_kept_model
+from dpojax.policy import configured_keeping
 from dpojax.prepare import make_new_adapters
 from dpojax.sharding import as_shardings
 
@@ -115,15 +116,7 @@ def make_random_model(config: BenchConfig, mesh: Mesh) -> Loaded:
     if new_adapters is not None:
         lora = new_adapters(make_model(shape).params, settings)
         lora = replace(lora, dropout=config.lora.dropout)
-    keeping = Keeping(
-        mesh,
-        config.compute_dtype,
-        config.remat or default_remat(),
-        config.lora.base,
-        config.lora.dropout,
-        config.attention,
-    )
-    model = make_kept_model(shape, keeping, lora)
+    model = make_kept_model(shape, configured_keeping(config, mesh), lora)
     where = as_shardings(model.params, mesh)
     params = jax.jit(model.init, out_shardings=where)(jax.random.key(config.seed))
     if lora is not None:

@@ -19,7 +19,7 @@ from dpojax.routing import Routing
 from dpojax.spread import ALONE, Spread
 from dpojax.vocabulary.forward import TokenStatistics
 from dpojax.vocabulary.statistics import token_statistics
-from dpojax.vocabulary.tiles import TILE, How, Operand, Wanted
+from dpojax.vocabulary.tiles import TILE, How, Operand, Tile, Wanted
 
 Hidden = Float[Array, "rows length width"]
 
@@ -179,17 +179,9 @@ def logits_of(
 ) -> Float[Array, "*positions vocabulary"]:
     """Logits in float32; a float32 model gets a true float32 product on every chip."""
     head = as_head(output)
-    exact = hidden.dtype == jnp.float32
-    logits = jnp.einsum(
-        "...w,vw->...v",
-        hidden,
-        head.matrix.astype(hidden.dtype),
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )
-    if head.bias is not None:
-        logits += head.bias.astype(jnp.float32)
-    return logits if head.cap is None else head.cap * jnp.tanh(logits / head.cap)
+    bias = None if head.bias is None else head.bias.astype(jnp.float32)
+    whole = Tile(head.matrix.astype(hidden.dtype), bias, head.cap, 0)
+    return whole.logits(hidden)
 
 
 def _operand(hidden: Hidden, output: Output) -> Operand:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from dpojax import metrics
 from dpojax.batch import Batch
+from dpojax.precision import precision_of
 from dpojax.sharding import Placement, put_ahead
 from dpojax.train_step import TrainState
 from dpojax.training import Training
@@ -117,8 +118,7 @@ def measure_ceiling(dtype: Any) -> float:
     devices = jax.devices()
     mesh = jax.make_mesh((len(devices),), ("device",))
     rows = PartitionSpec("device")
-    exact = jnp.dtype(dtype) == jnp.float32
-    precision = jax.lax.Precision.HIGHEST if exact else None
+    precision = precision_of(dtype)
 
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(rows, rows), out_specs=rows)

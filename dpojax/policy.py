@@ -55,17 +55,21 @@ def load_policy(config: TrainConfig, loss: Loss, mesh: Mesh) -> Loaded:
     return computed(loaded, config, mesh)
 
 
-def computed(loaded: Loaded, config: TrainConfig, mesh: Mesh) -> Loaded:
-    """The same parameters with functions that keep and fetch what settings say."""
-    lora = config.lora
-    keeping = Keeping(
+def configured_keeping(config: TrainConfig, mesh: Mesh) -> Keeping:
+    """How settings keep and compute a model."""
+    return Keeping(
         mesh,
         config.compute_dtype,
         config.remat or default_remat(),
-        lora.base,
-        lora.dropout,
+        config.lora.base,
+        config.lora.dropout,
         config.attention,
     )
+
+
+def computed(loaded: Loaded, config: TrainConfig, mesh: Mesh) -> Loaded:
+    """The same parameters with functions that keep and fetch what settings say."""
+    keeping = configured_keeping(config, mesh)
     model = make_kept_model(loaded.model.config, keeping, loaded.model.lora)
     if "reference" in config.offload:
         model = model._replace(apply=fetch_parameters(model.apply))

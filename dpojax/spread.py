@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from dpojax.sharding import ROWS, as_shardings, num_row_shards
+from dpojax.sharding import ROWS, as_shardings
 
 
 class MatrixShard(NamedTuple):
@@ -64,11 +64,6 @@ class Spread(NamedTuple):
     """A mesh over which rows and matrices are divided; without one, a single device."""
 
     mesh: Mesh | None = None
-
-    @property
-    def num_shards(self) -> int:
-        """How many ways the rows of a batch are divided."""
-        return 1 if self.mesh is None else num_row_shards(self.mesh)
 
     def shard(self, matrix: Array) -> MatrixShard:
         """How an output matrix is divided."""

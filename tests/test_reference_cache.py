@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_models import keep_gradient
+from tiny_models import SMALL, keep_gradient
 
 from dpojax import precompute as precompute_room
 from dpojax.cli import main
@@ -34,7 +34,7 @@ from dpojax.losses.make import make_loss
 from dpojax.losses.objective import Need
 from dpojax.measure import make_measure
 from dpojax.metrics import summarize
-from dpojax.models.decoder import DecoderConfig, Model, make_model
+from dpojax.models.decoder import Model, make_model
 from dpojax.policy import load_policy, make_policy
 from dpojax.precompute import precompute, reference
 from dpojax.prepare import load_split, make_configured_loss
@@ -44,16 +44,6 @@ from dpojax.reference_pass import make_reference_step, with_reference
 from dpojax.run import run
 from dpojax.sharding import Placement, make_mesh, make_placement
 from dpojax.train_step import init_state, make_train_step
-
-SMALL = DecoderConfig(
-    vocabulary_size=128,
-    width=32,
-    num_layers=2,
-    num_heads=4,
-    num_key_heads=2,
-    head_dimension=8,
-    mlp_width=64,
-)
 
 
 def random_examples(count: int, completions: int = 2, seed: int = 0) -> list[Example]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_models import SMALL
 
 from dpojax.batch import Batch
 from dpojax.data.packing import (
@@ -26,7 +27,7 @@ from dpojax.data.packing import (
 )
 from dpojax.losses.make import Loss, make_loss
 from dpojax.metrics import summarize
-from dpojax.models.decoder import DecoderConfig, Model, make_model
+from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.huggingface import read_params, read_settings, write_model
 from dpojax.optimizer import make_optimizer, make_schedule
@@ -41,16 +42,6 @@ from dpojax.sharding import (
     rows_sharding,
 )
 from dpojax.train_step import TrainState, init_state, make_eval_step, make_train_step
-
-SMALL = DecoderConfig(
-    vocabulary_size=128,
-    width=32,
-    num_layers=2,
-    num_heads=4,
-    num_key_heads=2,
-    head_dimension=8,
-    mlp_width=64,
-)
 
 
 def random_examples(count: int, seed: int = 0, completions: int = 2) -> list[Example]:

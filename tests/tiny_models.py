@@ -16,6 +16,7 @@ from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_params, read_settings
+from dpojax.models.shape import DecoderConfig
 
 # No mesh divides the vocabulary, and numbers of heads are odd.
 SIZES = {
@@ -31,6 +32,18 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+# A decoder that is made here, for tests that read none.
+SMALL = DecoderConfig(
+    vocabulary_size=128,
+    width=32,
+    num_layers=2,
+    num_heads=4,
+    num_key_heads=2,
+    head_dimension=8,
+    mlp_width=64,
+)
 
 
 class Pair(NamedTuple):

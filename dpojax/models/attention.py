@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# Not minus infinity: of a row that sees nothing, the softmax stays finite.
+HIDDEN = float(jnp.finfo(jnp.float32).min)
+
 
 class Window(NamedTuple):
     """How far behind its own position a token sees."""
@@ -92,7 +95,6 @@ def _capped_attention(
         "rqhgd,rkhd->rhgqk", grouped, key, preferred_element_type=jnp.float32
     )
     scores = cap * jnp.tanh(scores * scale / cap)
-    # Not minus infinity: of a row that sees nothing, the softmax stays finite.
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, :, None], scores, HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("rhgqk,rkhd->rqhgd", weights, value).reshape(query.shape)

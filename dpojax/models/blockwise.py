@@ -17,13 +17,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dpojax.models.attention import Window, visible
-
-# Not minus infinity: of a row that sees nothing, the softmax stays finite.
-HIDDEN = float(jnp.finfo(jnp.float32).min)
+from dpojax.models.attention import HIDDEN, Window, visible
+from dpojax.models.remat import as_attention
+from dpojax.precision import precision_of
 
 
 def blockwise_attention(
@@ -122,11 +120,7 @@ def _forward(
 def _forward_rule(
     how: _How, query: Array, key: Array, value: Array, rows: _Rows
 ) -> tuple[Array, tuple]:
-    # Named for policies that keep what is dear to compute again.
-    output, normaliser = (
-        checkpoint_name(array, "attention")
-        for array in _forward(how, query, key, value, rows)
-    )
+    output, normaliser = as_attention(_forward(how, query, key, value, rows))
     return output, (query, key, value, rows, output, normaliser)
 
 
@@ -186,9 +180,7 @@ def _scores(how: _How, query: Array, key: Array) -> Array:
 
 
 def _contract(indices: str, left: Array, right: Array) -> Array:
-    # The backward pass is traced outside of any context that asks for exactness.
-    exact = left.dtype == jnp.float32
-    precision = jax.lax.Precision.HIGHEST if exact else None
+    precision = precision_of(left.dtype)
     return jnp.einsum(
         indices, left, right, precision=precision, preferred_element_type=jnp.float32
     )

@@ -7,10 +7,10 @@ CUDA; it has never run on a GPU. This file knows the call and what cuDNN does no
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dpojax.models.attention import Window, visible
+from dpojax.models.remat import as_attention
 
 _LARGEST_DIMENSION = 256  # 128 before Hopper: jax refuses more there
 
@@ -49,7 +49,7 @@ def cudnn_attention(
     attended = jax.nn.dot_product_attention(
         query, key, value, mask=mask, scale=scale, implementation="cudnn"
     )
-    return checkpoint_name(attended, "attention")
+    return as_attention(attended)
 
 
 def _refuse(query: Array, cap: float | None) -> None:

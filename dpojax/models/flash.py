@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dpojax.models.attention import Window
@@ -23,9 +22,8 @@ from dpojax.models.flash_calls import (
 )
 from dpojax.models.flash_kernels import LANES, Settings
 from dpojax.models.flash_plan import Facts, Plan, count_pairs, make_facts, make_plans
+from dpojax.models.remat import as_attention
 
-# Names what the forward pass keeps, for policies of `jax.checkpoint`.
-KEPT = "attention"
 _LARGEST_BLOCK = 512
 LARGEST_DIMENSION = 256
 _MOST_PAIRS = 40_000  # six integers each, in 1 MiB of scalar memory
@@ -157,7 +155,7 @@ def _flash_forward(
     heads = _heads_first(query), _heads_first(key), _heads_first(value)
     inputs = Inputs(*heads, rows.facts)
     found = forward(settings, inputs, rows.by_query)
-    attended, logsumexp = checkpoint_name(found, KEPT)
+    attended, logsumexp = as_attention(found)
     return _heads_first(attended), (inputs, rows, attended, logsumexp)
 
 

@@ -16,6 +16,7 @@ from dpojax.models.experts import ByShard, alone
 from dpojax.models.lora import Lora, LoraShape
 from dpojax.models.quantized import Quantization, QuantizedKernel
 from dpojax.models.remat import Remat
+from dpojax.precision import precision_of
 
 # (query, key, value, example, branch, window=, scale=, cap=) -> attended values
 Attend = Callable[..., Array]
@@ -111,7 +112,5 @@ multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _contract(indices: str, left: Array, right: Array) -> Array:
-    # The backward pass is traced outside of any context that asks for exactness.
-    exact = left.dtype == jnp.float32
-    precision = jax.lax.Precision.HIGHEST if exact else None
+    precision = precision_of(left.dtype)
     return jnp.einsum(indices, left, right, precision=precision)

@@ -47,6 +47,11 @@ def rematerialize(body: Body, remat: Remat) -> Body:
     return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat])
 
 
+def as_attention(kept: Any) -> Any:
+    """Names what attention returns and what else its kernel keeps."""
+    return checkpoint_name(kept, _ATTENTION)
+
+
 def as_residual(hidden: Array) -> Array:
     """Names the hidden states that enter a layer."""
     return checkpoint_name(hidden, _RESIDUAL)

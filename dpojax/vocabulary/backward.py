@@ -83,10 +83,12 @@ def backward(
                 by_bias += jnp.sum(exact, axis=0)
             return by_hidden, by_tile, by_bias
 
-        num_chunks = -(-places.count // places.chunk)
         zero_bias = None if by_bias is None else jnp.zeros(size)
         by_hidden, by_tile, by_part = jax.lax.fori_loop(
-            0, num_chunks, body, (by_hidden, jnp.zeros(tile.matrix.shape), zero_bias)
+            0,
+            places.num_scored_chunks,
+            body,
+            (by_hidden, jnp.zeros(tile.matrix.shape), zero_bias),
         )
         put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
         by_tile = shard.scatter(by_tile).astype(by_matrix.dtype)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from dpojax.sharding import ROWS
-from dpojax.spread import Spread
+from dpojax.spread import MatrixShard, Spread
 from dpojax.vocabulary.backward import backward
 from dpojax.vocabulary.forward import Kept, TokenStatistics, forward
 from dpojax.vocabulary.tiles import How, Operand
@@ -90,6 +90,13 @@ def _specs(spread: Spread, operand: Operand | None) -> Any:
     return Operand(*specs)
 
 
+def _shards(
+    spread: Spread, this: Operand, other: Operand | None
+) -> tuple[MatrixShard, ...]:
+    operands = (this,) if other is None else (this, other)
+    return tuple(spread.shard(operand.matrix) for operand in operands)
+
+
 def _forward(
     how: How,
     this: Operand,
@@ -100,8 +107,7 @@ def _forward(
     keeps_slope: bool,
 ) -> tuple[TokenStatistics, Kept]:
     spread = how.spread
-    shards = tuple(spread.shard(one.matrix) for one in (this, other) if one is not None)
-    local = partial(forward, how, shards, keeps_slope)
+    local = partial(forward, how, _shards(spread, this, other), keeps_slope)
     in_specs = (_specs(spread, this), _specs(spread, other), ROWS, ROWS)
     return spread.map(local, in_specs, ROWS)(this, other, labels, scored)
 
@@ -117,9 +123,8 @@ def _backward(
     kl: Array | None,
 ) -> Operand:
     spread = how.spread
-    shards = tuple(spread.shard(one.matrix) for one in (this, other) if one is not None)
     specs = _specs(spread, this), _specs(spread, other)
-    local = partial(backward, how, shards)
+    local = partial(backward, how, _shards(spread, this, other))
     in_specs = (*specs, ROWS, ROWS, ROWS, ROWS, ROWS)
     mapped = spread.map(local, in_specs, specs[0])
     return mapped(this, other, labels, scored, kept, log_prob, kl)

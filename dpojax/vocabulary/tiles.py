@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dpojax.precision import precision_of
 from dpojax.spread import MatrixShard, Spread
 
 # Tokens of a tile: logits of 512 positions are 16 MiB, which caches of servers hold.
@@ -44,6 +45,11 @@ class Places(NamedTuple):
     chunk: int
     shape: tuple[int, ...]  # of the rows
 
+    @property
+    def num_scored_chunks(self) -> Int[Array, ""]:
+        """The first chunks, which hold all that is scored."""
+        return -(-self.count // self.chunk)
+
     def split(self, array: Array) -> Array:
         """``[rows, length, ...]`` to ``[chunks, chunk, ...]``."""
         flat = array.reshape(-1, *array.shape[2:])[self.order]
@@ -67,7 +73,7 @@ class Places(NamedTuple):
             part = function(index, jax.tree.map(lambda array: array[index], carry))
             return jax.tree.map(lambda all_, one: all_.at[index].set(one), carry, part)
 
-        return jax.lax.fori_loop(0, -(-self.count // self.chunk), body, carry)
+        return jax.lax.fori_loop(0, self.num_scored_chunks, body, carry)
 
 
 def make_places(scored: Array, chunk_size: int) -> Places:
@@ -102,8 +108,8 @@ class Tile(NamedTuple):
     first: int | Array  # its first token
 
     def logits(self, hidden: Array) -> Array:
-        """Of a chunk; a float32 model gets a true float32 product on every chip."""
-        logits = product(hidden, self.matrix, (1, 1))
+        """Of hidden states ``[..., width]``, in float32."""
+        logits = product(hidden, self.matrix, (hidden.ndim - 1, 1))
         if self.bias is not None:
             logits += self.bias
         return self._capped(logits)
@@ -162,11 +168,10 @@ def cut(operand: Operand, shard: MatrixShard, start: int | Array, size: int) -> 
 
 def product(left: Array, right: Array, contracted: tuple[int, int]) -> Array:
     """A product of matrices along one dimension of each, in float32."""
-    exact = left.dtype == jnp.float32
     return jax.lax.dot_general(
         left,
         right,
         (((contracted[0],), (contracted[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if exact else None,
+        precision=precision_of(left.dtype),
         preferred_element_type=jnp.float32,
     )

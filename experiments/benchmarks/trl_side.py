@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from peer_inputs import count, host_peak, read, reset_host_peak
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -143,36 +144,6 @@ def settings(arguments: argparse.Namespace, num_steps: int, scratch: str) -> DPO
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def read(path: Path, number: int) -> list[dict[str, list[int]]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) >= number, f"{path} has {len(rows)} pairs of {number}"
-    return rows[:number]
-
-
-def count(rows: list[dict[str, list[int]]], batch_size: int) -> list[int]:
-    """Tokens of each step's sequences; a prompt is in two of them."""
-    tokens = [
-        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-        for row in rows
-    ]
-    return [
-        sum(tokens[start : start + batch_size])
-        for start in range(0, len(tokens), batch_size)
-    ]
-
-
-def host_peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def reset_host_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from peer_inputs import count, host_peak, read, reset_host_peak
 
 # By name: where this project is checked, Tunix need not be installed.
 dpo = importlib.import_module("tunix.sft.dpo.dpo_trainer")
@@ -145,36 +146,6 @@ def pad(
         where = slice(length - len(tokens), None) if left else slice(len(tokens))
         ids[row, where], mask[row, where] = tokens, 1
     return ids, mask
-
-
-def read(path: Path, number: int) -> list[dict[str, list[int]]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) >= number, f"{path} has {len(rows)} pairs of {number}"
-    return rows[:number]
-
-
-def count(rows: list[dict[str, list[int]]], batch_size: int) -> list[int]:
-    """Tokens of each step's sequences; a prompt is in two of them."""
-    tokens = [
-        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-        for row in rows
-    ]
-    return [
-        sum(tokens[start : start + batch_size])
-        for start in range(0, len(tokens), batch_size)
-    ]
-
-
-def host_peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def reset_host_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 if __name__ == "__main__":
