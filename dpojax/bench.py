@@ -36,9 +36,9 @@ from dpojax.prepare import (
     check_settings,
     load_split,
     make_configured_loss,
-    named_reference,
 )
 from dpojax.progress import say, show_table
+from dpojax.reference_setting import named_reference
 from dpojax.run_log import num_parameters
 from dpojax.sharding import make_mesh, make_placement, num_row_shards
 from dpojax.training import make_training

@@ -21,8 +21,9 @@ from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_settings
 from dpojax.models.huggingface import write_model
 from dpojax.objective_table import as_lines, as_markdown
-from dpojax.prepare import load_examples, make_configured_loss, named_reference
+from dpojax.prepare import load_examples, make_configured_loss
 from dpojax.progress import say, show_table
+from dpojax.reference_setting import named_reference
 from dpojax.sharding import Placement, make_mesh, make_placement
 from dpojax.spread import Spread
 from dpojax.train_step import make_eval_step

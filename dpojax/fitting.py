@@ -15,8 +15,8 @@ from dpojax.fit import Way, choose, describe, device_memory, ways
 from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
 from dpojax.policy import Policy, computed
-from dpojax.prepare import named_reference
 from dpojax.progress import say
+from dpojax.reference_setting import named_reference
 from dpojax.sharding import num_row_shards, rows_sharding
 from dpojax.training import make_training
 

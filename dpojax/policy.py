@@ -20,8 +20,9 @@ from dpojax.models.lora import Frozen, graft, make_roles, split_adapters
 from dpojax.models.peft import write_adapters
 from dpojax.offloading import fetch_parameters, put_on_host
 from dpojax.placing import Keeping, default_remat, make_kept_model
-from dpojax.prepare import make_new_adapters, named_reference
+from dpojax.prepare import make_new_adapters
 from dpojax.reference import Params, copy_params
+from dpojax.reference_setting import named_reference
 from dpojax.train_step import Roles, all_weights
 
 

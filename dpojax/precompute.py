@@ -26,11 +26,11 @@ from dpojax.prepare import (
     check_training,
     load_split,
     make_configured_loss,
-    named_reference,
 )
 from dpojax.reference import Params
 from dpojax.reference_cache import Cache, default_root, find_cache, hash_files
 from dpojax.reference_pass import from_first, make_reference_step, with_reference
+from dpojax.reference_setting import named_reference
 from dpojax.sharding import make_mesh, make_placement
 
 

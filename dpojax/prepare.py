@@ -7,14 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import optax
 
 from dpojax.config import (
     LoraConfig,
     LossConfig,
-    MovingConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -29,7 +28,8 @@ from dpojax.models.adapter_modules import choose_modules
 from dpojax.models.lora import LoraShape
 from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.progress import say
-from dpojax.reference import Movement, Params, bema, tr_dpo
+from dpojax.reference import Params
+from dpojax.reference_setting import check_reference
 from dpojax.user_code import load_names
 
 
@@ -52,40 +52,6 @@ def make_configured_loss(config: LossConfig) -> Loss:
     return make_loss(config.name, OBJECTIVES | own, **settings)
 
 
-def make_movement(config: MovingConfig, loss: Loss) -> Movement | None:
-    """How the reference follows the policy, or None if it stays.
-
-    Raises:
-      ValueError: for a setting that its kind does not have, or a loss without a
-        reference.
-    """
-    given = {
-        name: value
-        for name, value in vars(config).items()
-        if name != "kind" and value is not None
-    }
-    if config.kind == "none":
-        if given:
-            raise ValueError(
-                f"--moving.{next(iter(given))} has no effect on a reference that "
-                "stays; choose --moving tr_dpo or bema."
-            )
-        return None
-    if "reference" not in loss.needs:
-        raise ValueError(f"The loss {loss.name!r} uses no reference that could move.")
-    known = {
-        "tr_dpo": ("alpha", "every"),
-        "bema": ("ema_power", "bias_power", "lag", "every"),
-    }[config.kind]
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"The moving reference {config.kind} has no setting {name!r}; "
-                f"it has {', '.join(known)}."
-            )
-    return {"tr_dpo": tr_dpo, "bema": bema}[config.kind](**given)
-
-
 def check_training(config: TrainConfig, loss: Loss) -> None:
     """Refuses settings that cannot work, whatever the model and data.
 
@@ -100,10 +66,7 @@ def check_training(config: TrainConfig, loss: Loss) -> None:
 
 def check_settings(config: TrainConfig, loss: Loss) -> None:
     """The same, wherever the model and data come from."""
-    if config.reference is not None and "reference" not in loss.needs:
-        raise ValueError(f"The loss {loss.name!r} uses no reference; leave it out.")
-    make_movement(config.moving, loss)
-    _check_precomputed(config, loss)
+    check_reference(config, loss)
     if config.batch_size == 1 and "mismatched" in loss.needs:
         raise ValueError(
             f"The loss {loss.name!r} compares each example with another of its batch; "
@@ -127,30 +90,6 @@ def check_settings(config: TrainConfig, loss: Loss) -> None:
             f"{config.sample_tokens} tokens of {config.sample_prompts} prompts cannot "
             "be sampled; neither may be negative, and at least one token is needed."
         )
-
-
-class NamedReference(NamedTuple):
-    """What the setting `reference` says."""
-
-    model: str | None  # None: the policy as it is at step 0
-    is_precomputed: bool
-
-
-def named_reference(setting: str | None) -> NamedReference:
-    """Takes ``MODEL``, ``precomputed`` or ``precomputed:MODEL`` apart.
-
-    Raises:
-      ValueError: if no model follows the colon.
-    """
-    before, colon, after = (setting or "").partition(":")
-    if before != "precomputed":
-        return NamedReference(setting, False)
-    if colon and not after:
-        raise ValueError(
-            f"{setting!r} names no model; write precomputed:MODEL or, for the policy "
-            "as it is at step 0, precomputed."
-        )
-    return NamedReference(after or None, True)
 
 
 def make_new_adapters(config: LoraConfig) -> NewAdapters | None:
@@ -302,33 +241,6 @@ def balance_advice(loss: Loss, examples: Sequence[Example]) -> str | None:
                     "and 1.5: set --loss.desirable-weight or --loss.undesirable-weight."
                 )
     return None
-
-
-def _check_precomputed(config: TrainConfig, loss: Loss) -> None:
-    """Refuses to compute once what changes, or more than is kept."""
-    if not named_reference(config.reference).is_precomputed:
-        if config.reference_cache is not None:
-            raise ValueError(
-                "--reference-cache has no effect on a reference that is computed in "
-                "every step; give --reference precomputed, or precomputed:MODEL."
-            )
-        return
-    instead = "give --reference a model, or leave it out for the policy at step 0."
-    if config.moving.kind != "none":
-        raise ValueError(
-            "The log-probabilities of a reference that moves cannot be precomputed; "
-            f"leave out --moving, or {instead}"
-        )
-    if "token_kl" in loss.needs:
-        raise ValueError(
-            f"The loss {loss.name!r} compares whole distributions, of which nothing is "
-            f"precomputed; {instead}"
-        )
-    if "mismatched" in loss.needs:
-        raise ValueError(
-            f"The loss {loss.name!r} gives every example a completion that changes "
-            f"with the batch, so nothing can be precomputed; {instead}"
-        )
 
 
 def _load_objective(name: str) -> Objective:

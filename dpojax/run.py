@@ -27,10 +27,10 @@ from dpojax.prepare import (
     check_training,
     load_split,
     make_configured_loss,
-    named_reference,
 )
 from dpojax.progress import say, track
 from dpojax.reference import Params
+from dpojax.reference_setting import named_reference
 from dpojax.resume import abstract, check_note, make_note
 from dpojax.run_directory import choose_directory, write_frame, write_samples
 from dpojax.run_log import figures_line, num_parameters, summary

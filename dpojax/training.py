@@ -23,8 +23,8 @@ from dpojax.policy import Policy, default_learning_rate
 from dpojax.prepare import (
     configured_optimizer,
     configured_schedule,
-    make_movement,
 )
+from dpojax.reference_setting import make_movement
 from dpojax.sharding import rows_sharding
 from dpojax.spread import Spread
 from dpojax.train_step import TrainState, TrainStep, make_train_step
