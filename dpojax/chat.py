@@ -20,6 +20,7 @@ from dpojax.data.packing import bucket_length
 from dpojax.data.tokenize import Tokenizer, encode_prompt
 from dpojax.generate import make_generate, pad_left
 from dpojax.loading import Loaded, check_positions, load_model
+from dpojax.placing import Keeping
 from dpojax.progress import say, say_part
 from dpojax.sampling import as_truncation, check_sampling
 from dpojax.sharding import Placement, make_mesh, make_placement
@@ -42,7 +43,7 @@ def chat(config: GenerateConfig) -> Messages:
     """
     _check(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
+    loaded = load_model(config.model, Keeping(mesh, config.compute_dtype))
     system = [] if config.system is None else [_message("system", config.system)]
     _check_model(config, loaded, system)
     answer = _make_answer(config, loaded, make_placement(mesh))

@@ -21,6 +21,7 @@ from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_settings
 from dpojax.models.huggingface import write_model
 from dpojax.objective_table import as_lines, as_markdown
+from dpojax.placing import Keeping
 from dpojax.prepare import load_examples, make_configured_loss
 from dpojax.progress import say, show_table
 from dpojax.reference_setting import named_reference
@@ -97,7 +98,7 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
             "more than once; give the directory of the reference."
         )
     load = load_reward_model if "reward_head" in loss.needs else load_model
-    loaded = load(config.model, mesh, compute_dtype=config.compute_dtype)
+    loaded = load(config.model, Keeping(mesh, config.compute_dtype))
     reference = None
     if config.reference is not None:
         reference = load_reference(config.reference, loaded, mesh)

@@ -207,6 +207,8 @@ class TrainConfig:
     chunk_size: int = 512
     """Positions of each device's rows whose logits exist at one time."""
 
+    token_metrics: tuple[Literal["entropy", "mean_token_accuracy"], ...] = ()
+    """Measured over all tokens of completions too, in the loss's pass (TRL: both)."""
     log_every: int = 10
     """Steps between lines of metrics."""
     evaluate_every: int = 100

@@ -24,6 +24,7 @@ from dpojax.models.huggingface import (
 )
 from dpojax.models.lora import graft, merge_adapters, split_adapters
 from dpojax.models.peft import has_score, is_adapter, read_base_name, shape_by_targets
+from dpojax.placing import Keeping
 from dpojax.policy import write_trained
 from dpojax.progress import say
 from dpojax.sharding import as_shardings, make_mesh
@@ -129,14 +130,8 @@ def _read_adapted(directory: Path, name: str, mesh: Mesh) -> _Exported:
     """Adapters and their base; those of a run's frame are new ones of its shape."""
     load = load_reward_model if has_score(directory) else load_model
     new = None if name == str(directory) else partial(shape_by_targets, directory)
-    loaded = load(
-        name,
-        mesh,
-        compute_dtype="float32",
-        base_dtype="float32",
-        new_adapters=new,
-        seed=0,
-    )
+    keeping = Keeping(mesh, "float32", base_dtype="float32")
+    loaded = load(name, keeping, new_adapters=new, seed=0)
     base, trained = split_adapters(loaded.params)
     tokenizer = loaded.tokenizer if new is None else load_tokenizer(directory)
     return _Exported(

@@ -28,10 +28,8 @@ from dpojax.models.peft import (
     read_base_name,
     read_shape,
 )
-from dpojax.models.remat import Remat
 from dpojax.models.weight_files import find_tensors
 from dpojax.placing import (
-    BaseDtype,
     Keeping,
     make_adapters,
     make_kept_model,
@@ -70,30 +68,23 @@ class Loaded(NamedTuple):
 
 def load_model(
     name: str,
-    mesh: Mesh,
+    keeping: Keeping,
     *,
-    compute_dtype: str | None,
-    remat: Remat = "none",
     new_adapters: NewAdapters | None = None,
-    base_dtype: BaseDtype | None = None,
-    dropout: float = 0.0,
     seed: int = 0,
 ) -> Loaded:
     """Loads a model, or adapters with their base, and its tokenizer.
 
     Args:
       name: a directory of a model or of adapters, or a hub name.
-      mesh: where the parameters go.
-      compute_dtype: dtype of activations; None is bfloat16, on a CPU float32.
-      remat: what the backward pass keeps of each layer.
+      keeping: how it is kept and computed.
       new_adapters: decides which adapters a model gets.
-      base_dtype: how the base of adapters is kept; None: in `compute_dtype`.
-      dropout: of what enters adapters, in training.
       seed: decides the values of new adapters.
 
     Raises:
-      ValueError: for whatever in the directory is missing, damaged or unsupported, or
-        a tokenizer that does not belong to the model.
+      ValueError: for a way of keeping it that cannot be, before weights are read; for
+        whatever in the directory is missing, damaged or unsupported, or a tokenizer
+        that does not belong to the model.
     """
     source = _read_source(name)
     if source.config.head == "score":
@@ -101,19 +92,14 @@ def load_model(
             f"{name} is a reward model, which predicts no tokens; give a causal "
             "language model here."
         )
-    keeping = Keeping(mesh, compute_dtype, remat, base_dtype, dropout)
     return _load(source, keeping, new_adapters, seed)
 
 
 def load_reward_model(
     name: str,
-    mesh: Mesh,
+    keeping: Keeping,
     *,
-    compute_dtype: str | None,
-    remat: Remat = "none",
     new_adapters: NewAdapters | None = None,
-    base_dtype: BaseDtype | None = None,
-    dropout: float = 0.0,
     seed: int | None = None,
 ) -> Loaded:
     """Loads a reward model; or makes one of a causal model, with a new head.
@@ -124,12 +110,8 @@ def load_reward_model(
 
     Args:
       name: a directory of a model or of adapters, or a hub name.
-      mesh: where the parameters go.
-      compute_dtype: dtype of activations; None is bfloat16, on a CPU float32.
-      remat: what the backward pass keeps of each layer.
+      keeping: how it is kept and computed.
       new_adapters: decides which adapters a model gets.
-      base_dtype: how the base of adapters is kept; None: in `compute_dtype`.
-      dropout: of what enters adapters, in training.
       seed: decides the head that a causal model gets, and the values of new adapters;
         None: causal models are refused.
 
@@ -144,7 +126,6 @@ def load_reward_model(
                 "reward model from it first, or give one."
             )
         source = _with_score(source)
-    keeping = Keeping(mesh, compute_dtype, remat, base_dtype, dropout)
     return _load(source, keeping, new_adapters, seed or 0)
 
 

@@ -4,8 +4,8 @@ What a loss asks for beside the policy's log-probabilities is computed here, and
 that it does not ask for. This file knows no loss and no optimiser.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Callable, Collection
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,20 @@ Params = Any
 Apply = Callable[[Params, Batch], tuple[Array, Any]]
 
 
+# Of the policy, over the tokens of completions; in TRL's names.
+TokenMetric = Literal["entropy", "mean_token_accuracy"]
+_STATISTICS: dict[TokenMetric, Wanted] = {
+    "entropy": "entropy",
+    "mean_token_accuracy": "top1",
+}
+
+
 class Measured(NamedTuple):
     """What a model makes of a batch."""
 
     scores: Scores  # each [rows, slots, completions]
     routing: Routing | None  # of the policy, each row's; where it has experts
+    token_sums: dict[str, Array] = {}  # by `TokenMetric`, each like those of scores
 
 
 class _Pieces(TypedDict):
@@ -52,6 +61,7 @@ def make_measure(
     apply: Apply,
     needs: frozenset[Need],
     *,
+    token_metrics: Collection[TokenMetric] = (),
     chunk_size: int = 512,
     tile_size: int = TILE,
     spread: Spread = ALONE,
@@ -61,6 +71,7 @@ def make_measure(
     Args:
       apply: the model: parameters and batch to hidden states and output matrix.
       needs: what to measure beside the policy's log-probabilities.
+      token_metrics: what to sum over tokens in the same pass; constants.
       chunk_size: positions of each shard whose logits exist at one time.
       tile_size: tokens of the vocabulary whose logits do.
       spread: the mesh that rows and output matrix are divided over.
@@ -68,16 +79,21 @@ def make_measure(
     Returns:
       ``measure(params, reference, batch)``. Where the batch brings the reference's
       log-probabilities along, those are taken, and its parameters may be None.
+
+    Raises:
+      ValueError: for metrics of tokens of a reward model.
     """
+    check_token_metrics(token_metrics, needs)
     how: _Pieces = {
         "chunk_size": chunk_size,
         "tile_size": tile_size,
         "spread": spread,
     }
-    names: dict[Need, Wanted] = {"log_sum_squares": "log_sum_squares", "token_kl": "kl"}
-    wanted: frozenset[Wanted] = frozenset(
-        names[need] for need in names if need in needs
-    )
+    wanted: set[Wanted] = {_STATISTICS[metric] for metric in token_metrics}
+    if "log_sum_squares" in needs:
+        wanted.add("log_sum_squares")
+    if "token_kl" in needs:
+        wanted.add("kl")
 
     def prefix_of(per_token: Array, batch: Batch) -> Array | None:
         """Log-probabilities of what completions share in length."""
@@ -114,7 +130,9 @@ def make_measure(
             # 0.
             frozen = jax.lax.stop_gradient(apply(reference, batch))
         other = frozen if "token_kl" in needs else None
-        found = token_values(*policy, batch, wanted=wanted, other=other, **how)
+        found = token_values(
+            *policy, batch, wanted=frozenset(wanted), other=other, **how
+        )
         scores = Scores(
             sum_completions(found.log_prob, batch),
             None,
@@ -129,9 +147,28 @@ def make_measure(
             scores = scores._replace(token_kl=sum_completions(found.kl, batch))
         if "reference" in needs:
             scores = scores._replace(**under_reference(frozen, found, batch))
-        return Measured(scores, routing)
+        token_sums: dict[str, Array] = {
+            metric: sum_completions(found._asdict()[_STATISTICS[metric]], batch)
+            for metric in token_metrics
+        }
+        return Measured(scores, routing, token_sums)
 
     return measure
+
+
+def check_token_metrics(
+    token_metrics: Collection[TokenMetric], needs: frozenset[Need]
+) -> None:
+    """Refuses metrics of tokens of a reward model.
+
+    Raises:
+      ValueError: naming them.
+    """
+    if token_metrics and "reward_head" in needs:
+        raise ValueError(
+            "A reward model predicts no tokens, so there is no "
+            f"{' or '.join(token_metrics)}; leave out --token-metrics."
+        )
 
 
 def _takes_parameters(

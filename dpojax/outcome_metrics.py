@@ -69,6 +69,20 @@ def outcome_sums(
     return sums
 
 
+def token_metric_sums(loss: Loss, sums: Mapping[str, Array], length: Array) -> Sums:
+    """Means over tokens, from sums over completions ``[rows, slots, completions]``.
+
+    As in TRL, a pair's ``mean_token_accuracy`` is that of its chosen completion.
+    """
+
+    def mean(name: str, total: Array) -> metrics.Ratio:
+        one = name == "mean_token_accuracy" and loss.kind == "pair"
+        total, count = (x[..., :1] if one else x for x in (total, length))
+        return metrics.Ratio(jnp.sum(total), jnp.sum(count).astype(total.dtype))
+
+    return {name: mean(name, total) for name, total in sums.items()}
+
+
 def _sides(
     loss: Loss, candidates: Scores, rewards: tuple[Array, ...], live: Array
 ) -> dict[str, Side]:

@@ -34,10 +34,10 @@ class Keeping(NamedTuple):
     """How a model is kept and computed."""
 
     mesh: Mesh
-    compute_dtype: str | None  # None: bfloat16, on a CPU float32
-    remat: Remat
-    base_dtype: BaseDtype | None  # of a base of adapters; None: as it computes
-    dropout: float  # of what enters adapters, in training
+    compute_dtype: str | None = None  # of activations; None: bfloat16, on CPUs float32
+    remat: Remat = "none"  # what the backward pass keeps of each layer
+    base_dtype: BaseDtype | None = None  # of a base of adapters; None: as it computes
+    dropout: float = 0.0  # of what enters adapters, in training
     attention: KernelChoice = "auto"
 
 
@@ -104,6 +104,23 @@ def read_base(directory: Path, model: Model, mesh: Mesh, seed: int) -> Params:
 
     init = jax.jit(make_head, out_shardings=shardings["score"])
     return params | {"score": init(jax.random.key(seed))}
+
+
+def donatable(params: Params) -> Params:
+    """The same in memory that a step may use again, array by array.
+
+    On a CPU, arrays that were read from files are NumPy's memory, which is not the
+    runtime's to reuse: the first step would hold the parameters once more.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+
+    def move(array: jax.Array) -> jax.Array:
+        moved = jax.block_until_ready(jnp.copy(array))
+        array.delete()
+        return moved
+
+    return jax.tree.map(move, params)
 
 
 def make_adapters(model: Model, base: Params, mesh: Mesh, seed: int) -> Params:

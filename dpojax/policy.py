@@ -19,7 +19,12 @@ from dpojax.models.huggingface import write_model
 from dpojax.models.lora import Frozen, graft, make_roles, split_adapters
 from dpojax.models.peft import write_adapters
 from dpojax.offloading import fetch_parameters, put_on_host
-from dpojax.placing import Keeping, default_remat, make_kept_model
+from dpojax.placing import (
+    Keeping,
+    default_remat,
+    donatable,
+    make_kept_model,
+)
 from dpojax.prepare import make_new_adapters
 from dpojax.reference import Params, copy_params
 from dpojax.reference_setting import named_reference
@@ -44,16 +49,12 @@ def load_policy(config: TrainConfig, loss: Loss, mesh: Mesh) -> Loaded:
     """
     assert config.model is not None
     load = load_reward_model if "reward_head" in loss.needs else load_model
-    loaded = load(
-        config.model,
-        mesh,
-        compute_dtype=config.compute_dtype,
-        new_adapters=make_new_adapters(config.lora),
-        base_dtype=config.lora.base,
-        dropout=config.lora.dropout,
-        seed=config.seed,
-    )
-    return computed(loaded, config, mesh)
+    adapters = make_new_adapters(config.lora)
+    keeping = configured_keeping(config, mesh)
+    loaded = load(config.model, keeping, new_adapters=adapters, seed=config.seed)
+    if loaded.model.lora is None:
+        loaded = loaded._replace(params=donatable(loaded.params))
+    return _fetching(loaded, config)
 
 
 def configured_keeping(config: TrainConfig, mesh: Mesh) -> Keeping:
@@ -72,9 +73,7 @@ def computed(loaded: Loaded, config: TrainConfig, mesh: Mesh) -> Loaded:
     """The same parameters with functions that keep and fetch what settings say."""
     keeping = configured_keeping(config, mesh)
     model = make_kept_model(loaded.model.config, keeping, loaded.model.lora)
-    if "reference" in config.offload:
-        model = model._replace(apply=fetch_parameters(model.apply))
-    return loaded._replace(model=model)
+    return _fetching(loaded._replace(model=model), config)
 
 
 def make_policy(config: TrainConfig, loss: Loss, loaded: Loaded, mesh: Mesh) -> Policy:
@@ -162,6 +161,14 @@ def write_trained(
         write_adapters(
             directory, trained, shape, base, settings, base_name, write_tokenizer
         )
+
+
+def _fetching(loaded: Loaded, config: TrainConfig) -> Loaded:
+    """A model that can have its parameters from the host, where settings leave them."""
+    if "reference" not in config.offload:
+        return loaded
+    apply = fetch_parameters(loaded.model.apply)
+    return loaded._replace(model=loaded.model._replace(apply=apply))
 
 
 def _adapters_of(

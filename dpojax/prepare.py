@@ -24,6 +24,7 @@ from dpojax.loading import NewAdapters
 from dpojax.losses.make import Loss, make_loss, split_terms
 from dpojax.losses.objective import Objective
 from dpojax.losses.table import OBJECTIVES
+from dpojax.measure import check_token_metrics
 from dpojax.models.adapter_modules import choose_modules
 from dpojax.models.lora import LoraShape
 from dpojax.optimizer import make_optimizer, make_schedule
@@ -67,6 +68,7 @@ def check_training(config: TrainConfig, loss: Loss) -> None:
 def check_settings(config: TrainConfig, loss: Loss) -> None:
     """The same, wherever the model and data come from."""
     check_reference(config, loss)
+    check_token_metrics(config.token_metrics, loss.needs)
     if config.batch_size == 1 and "mismatched" in loss.needs:
         raise ValueError(
             f"The loss {loss.name!r} compares each example with another of its batch; "

@@ -160,6 +160,7 @@ def run(config: TrainConfig) -> Result:
     eval_step = make_eval_step(
         loaded.model.apply,
         loss,
+        token_metrics=config.token_metrics,
         chunk_size=config.chunk_size,
         spread=Spread(mesh),
     )

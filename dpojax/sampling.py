@@ -16,6 +16,7 @@ from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import Sampler, make_sampler
 from dpojax.generate import check_counts
 from dpojax.loading import Loaded, check_positions, load_model
+from dpojax.placing import Keeping
 from dpojax.progress import say
 from dpojax.sharding import make_mesh, make_placement
 from dpojax.truncation import Truncation, make_choose
@@ -43,7 +44,7 @@ def generate(config: GenerateConfig) -> list[Continued]:
     output = None if config.output is None else new_file(config.output)
     prompts = _prompts(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
+    loaded = load_model(config.model, Keeping(mesh, config.compute_dtype))
     ids = [encode_prompt(prompt, loaded.tokenizer) for prompt in prompts]
     remedy = "lower --max-new-tokens, or give shorter prompts"
     check_positions(loaded, max(map(len, ids)) + config.max_new_tokens, remedy)

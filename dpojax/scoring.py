@@ -26,6 +26,7 @@ from dpojax.loading import (
     check_positions,
     load_reward_model,
 )
+from dpojax.placing import Keeping
 from dpojax.progress import say, show_table, track
 from dpojax.rewards import completion_rewards
 from dpojax.sharding import Placement, make_mesh, make_placement
@@ -42,7 +43,7 @@ def score(config: ScoreConfig) -> Path:
     if config.batch_size < 1:
         raise ValueError(f"batch_size is {config.batch_size}; it must be positive.")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    loaded = load_reward_model(config.model, mesh, compute_dtype=config.compute_dtype)
+    loaded = load_reward_model(config.model, Keeping(mesh, config.compute_dtype))
     check_positions(loaded, config.max_length)
     records = _read(config)
     examples = _as_examples(records, loaded, config.max_length)

@@ -30,6 +30,7 @@ from dpojax.losses.make import Loss
 from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_settings
 from dpojax.models.huggingface import write_model
+from dpojax.placing import Keeping
 from dpojax.prepare import make_configured_loss
 from dpojax.progress import say, show_completions, show_table
 from dpojax.run import Result, run
@@ -103,7 +104,7 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
 
     say(f"4/4  Sampling {NUM_HELD_OUT} held-out openings before and after")
     reference, policy = (
-        load_model(model, make_mesh(), compute_dtype=None)
+        load_model(model, Keeping(make_mesh()))
         for model in (task.model, str(result.directory / "final"))
     )
     before = sample(reference, reference, task.held_out, config.seed)
@@ -131,7 +132,7 @@ def make_task(directory: Path, config: TrainConfig) -> Task:
 
     say(f"2/4  Sampling and labelling {COMPLETIONS_PER_OPENING} x {NUM_OPENINGS:,}")
     model = str(sft.directory / "final")
-    loaded = load_model(model, make_mesh(), compute_dtype=None)
+    loaded = load_model(model, Keeping(make_mesh()))
     # Without repetition, so that no held-out pair has an opening that was trained on.
     openings = list(dict.fromkeys(make_openings(NUM_OPENINGS, seed=seed + 1)))
     repeated = [text for text in openings for _ in range(COMPLETIONS_PER_OPENING)]

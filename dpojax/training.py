@@ -76,6 +76,7 @@ def make_training(
         loss,
         optimizer,
         num_microbatches=config.microbatches,
+        token_metrics=config.token_metrics,
         chunk_size=config.chunk_size,
         spread=Spread(mesh),
         movement=movement,

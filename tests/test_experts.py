@@ -32,6 +32,7 @@ from dpojax.models.families import as_decoder_config
 from dpojax.models.huggingface import read_params, write_model
 from dpojax.models.shape import DecoderConfig, ExpertShape
 from dpojax.optimizer import make_optimizer, make_schedule
+from dpojax.placing import Keeping
 from dpojax.reference import copy_params
 from dpojax.routing import Choice, Routing, count_choices, load_balancing_loss
 from dpojax.run import run
@@ -364,7 +365,7 @@ def test_no_token_leaves_its_device_for_an_expert(tmp_path: Path):
     config = as_decoder_config(settings)
     params = jax.jit(make_model(config).init)(jax.random.key(0))
     write_model(tmp_path / "model", params, settings, tokenizer.save_pretrained)
-    loaded = load_model(str(tmp_path / "model"), mesh, compute_dtype="float32")
+    loaded = load_model(str(tmp_path / "model"), Keeping(mesh, "float32"))
     dense = make_model(
         replace(config, experts=None), constrain=make_constrain(mesh), remat="none"
     )

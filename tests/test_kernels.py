@@ -1,6 +1,7 @@
 """The choice of an attention kernel, and a whole model with one that is a kernel."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,17 @@ import numpy as np
 import pytest
 
 from dpojax.batch import Batch
+from dpojax.config import TrainConfig
 from dpojax.data.packing import Example, as_batch
 from dpojax.log_probs import completion_log_probs
+from dpojax.losses.make import make_loss
 from dpojax.models.attention import attention
 from dpojax.models.decoder import make_model
 from dpojax.models.flash import flash_attention
 from dpojax.models.kernels import choose_kernel, make_attend
 from dpojax.models.linear import Attend
 from dpojax.models.shape import DecoderConfig
+from dpojax.policy import load_policy
 from dpojax.sharding import make_by_shard_and_head, make_mesh
 
 CONFIG = DecoderConfig(
@@ -86,3 +90,11 @@ def test_a_kernel_of_another_machine_is_refused():
         choose_kernel("flash", 64)
     with pytest.raises(ValueError, match="--attention cudnn needs a GPU, and this is"):
         choose_kernel("cudnn", 64)
+
+
+def test_a_kernel_of_another_machine_is_refused_before_weights_are_read(place: Path):
+    """So it is where the weights cannot be read at all."""
+    (place / "model" / "model.safetensors").unlink()
+    config = TrainConfig(model=str(place / "model"), attention="flash")
+    with pytest.raises(ValueError, match="--attention flash needs a TPU"):
+        load_policy(config, make_loss("dpo"), make_mesh())

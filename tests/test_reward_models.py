@@ -23,6 +23,7 @@ from dpojax.models.families import as_decoder_config, as_reward_settings, as_set
 from dpojax.models.family_table import FAMILIES
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_settings, write_model
+from dpojax.placing import Keeping
 from dpojax.scoring import make_score_step, score_examples
 from dpojax.sharding import make_mesh, make_placement
 
@@ -158,7 +159,7 @@ def their_scores(theirs: Any, examples: list[Example]) -> np.ndarray:
 
 def load_rewards(directory: Path, seed: int | None = None) -> Loaded:
     name, mesh = str(directory), make_mesh(data=2, fsdp=2)
-    return load_reward_model(name, mesh, compute_dtype="float32", seed=seed)
+    return load_reward_model(name, Keeping(mesh, "float32"), seed=seed)
 
 
 def assert_same(one: Params, other: Params) -> None:
@@ -249,7 +250,7 @@ def reward(causal: Path, tmp_path: Path) -> Path:
 def test_of_a_causal_model_all_but_the_head_is_kept_and_a_seed_decides_the_head(
     causal: Path,
 ):
-    before = load_model(str(causal), make_mesh(), compute_dtype="float32").params
+    before = load_model(str(causal), Keeping(make_mesh(), "float32")).params
     first, again, other = (load_rewards(causal, seed).params for seed in (0, 0, 1))
     assert first.keys() == before.keys() - {"output"} | {"score"}
     for name in first.keys() & before.keys():
@@ -266,7 +267,7 @@ def test_a_causal_model_gives_no_reward_and_a_reward_model_no_tokens(
     with pytest.raises(ValueError, match="is a causal language model, which gives no"):
         load_rewards(causal)
     with pytest.raises(ValueError, match="is a reward model, which predicts no tokens"):
-        load_model(str(reward), make_mesh(), compute_dtype=None)
+        load_model(str(reward), Keeping(make_mesh()))
 
 
 def test_the_classes_of_the_table_are_those_of_transformers():

@@ -18,6 +18,7 @@ from dpojax.data.synthetic import make_tokenizer
 from dpojax.evaluation import make_sampler
 from dpojax.generate import trim
 from dpojax.loading import load_model
+from dpojax.placing import Keeping
 from dpojax.sampling import generate
 from dpojax.sharding import make_mesh, make_placement
 
@@ -84,7 +85,7 @@ def test_a_stop_string_ends_a_completion_before_it(config: GenerateConfig):
 def test_a_stop_string_saves_steps(model: Path):
     """Of 200 steps few are taken, and their tokens are the first of those 200."""
     mesh = make_mesh()
-    loaded = load_model(str(model), mesh, compute_dtype=None)
+    loaded = load_model(str(model), Keeping(mesh))
     settle = make_settle(loaded.tokenizer, [" "])
     lengths: list[int] = []
 

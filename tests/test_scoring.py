@@ -18,6 +18,7 @@ from dpojax.data.synthetic import make_tokenizer
 from dpojax.data.tokenize import tokenize_records
 from dpojax.loading import load_reward_model
 from dpojax.models.huggingface import write_model
+from dpojax.placing import Keeping
 from dpojax.scoring import make_score_step, ranking_accuracy, score, score_examples
 from dpojax.sharding import make_mesh, make_placement
 
@@ -39,7 +40,7 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reward(causal: Path) -> Path:
     """A reward model with a random head."""
-    made = load_reward_model(str(causal), make_mesh(), compute_dtype=None, seed=0)
+    made = load_reward_model(str(causal), Keeping(make_mesh()), seed=0)
     directory = causal.with_name("reward")
     save = made.tokenizer.save_pretrained
     write_model(directory, made.params, made.settings, save)
@@ -64,7 +65,7 @@ def run(reward: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
 def directly(reward: Path, rows: list[dict[str, Any]]) -> list[tuple[float, ...]]:
     """Each text as one plain sequence, whose last input is its EOS."""
-    loaded = load_reward_model(str(reward), make_mesh(), compute_dtype=None)
+    loaded = load_reward_model(str(reward), Keeping(make_mesh()))
     records = [
         Record(row["prompt"], (row[name],), "here")
         for row in rows
@@ -149,7 +150,7 @@ def test_by_hand_the_accuracy_counts_a_tie_one_half():
 def test_a_model_whose_scores_are_not_finite_leaves_no_file(
     reward: Path, tmp_path: Path
 ):
-    made = load_reward_model(str(reward), make_mesh(), compute_dtype=None)
+    made = load_reward_model(str(reward), Keeping(make_mesh()))
     # Finite, as weights that are read must be; the products with hidden states are not.
     head = made.params["score"]["embedding"]
     made.params["score"]["embedding"] = np.full_like(head, 3e38)

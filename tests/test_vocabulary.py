@@ -111,6 +111,9 @@ def test_tiles_on_any_mesh_give_what_the_whole_softmax_does(
         return jax.jit(jax.grad(total, parts))(*this[:3])
 
     compare(gradient(ours), gradient(plain))
+    # Without KL, the forward pass keeps the gradient by the hidden states.
+    ours = tiled(How(frozenset(), 5, spread, tile=7))
+    compare(gradient(ours), gradient(lambda *both: plain(*both)._replace(kl=None)))
 
 
 @pytest.mark.parametrize("mesh", ["one", "tensor"])

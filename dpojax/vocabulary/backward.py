@@ -77,7 +77,8 @@ def backward(
             by_hidden, by_tile, by_bias = carry
             slope = slope_of(index, tile, its_tile)
             exact, slope = slope, slope.astype(tile.matrix.dtype)
-            by_hidden = by_hidden.at[index].add(product(slope, tile.matrix, (1, 0)))
+            if by_hidden is not None:
+                by_hidden = by_hidden.at[index].add(product(slope, tile.matrix, (1, 0)))
             by_tile += product(slope, hidden[index], (0, 0))
             if by_bias is not None:
                 by_bias += jnp.sum(exact, axis=0)
@@ -99,13 +100,16 @@ def backward(
         return by_hidden, by_matrix, by_bias
 
     carry = (
-        jnp.zeros(hidden.shape),
+        None if kept.slope is not None else jnp.zeros(hidden.shape),
         jnp.zeros_like(this.matrix),
         None if this.bias is None else jnp.zeros_like(this.bias),
     )
     by_hidden, by_matrix, by_bias = over_tiles(
         tile_step, len(this.matrix), how.tile, carry
     )
-    by_hidden = places.join(shard.sum_vocabulary(by_hidden))
+    if by_hidden is None:
+        by_hidden = jnp.zeros_like(this.hidden)
+    else:
+        by_hidden = places.join(shard.sum_vocabulary(by_hidden))
     cap = None if this.cap is None else jnp.zeros_like(this.cap)
     return Operand(by_hidden.astype(this.hidden.dtype), by_matrix, by_bias, cap)

@@ -199,7 +199,7 @@ def _conclude(
         found = found._replace(top1=places.join(hit.astype(jnp.float32)))
     if this.pull is not None and this.label_pull is not None:
         slope = this.label_pull - this.pull / this.total[..., None]
-        kept = Kept(None, None, places.join(slope))
+        kept = kept._replace(slope=places.join(slope))
     if other is not None:
         its_normaliser = other.maximum + jnp.log(other.total)
         its_log_prob = places.join(other.label - its_normaliser)

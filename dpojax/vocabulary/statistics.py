@@ -2,10 +2,11 @@
 
 Logits exist for one chunk of positions and one tile of the vocabulary at a time, so
 neither tokens nor vocabulary decide how much memory they take. The forward pass keeps
-the logarithm of the softmax's sum; the backward pass computes the logits again. Where
-the output matrix is frozen, the forward pass keeps the gradient by the hidden state
-instead, since what a log-probability's gradient is multiplied by later is one number a
-position: that saves the second computation.
+the gradient by the hidden state, since what a log-probability's gradient is multiplied
+by later is one number a position. The gradient by the matrix is computed in a loop of
+its own, from logits computed again: nothing but the optimiser waits for it, so the
+compiler puts it after the layers' backward pass, and it takes no memory beside theirs.
+Where the matrix is frozen, that loop is not there.
 
 Whatever the model computes in, softmax and sums are float32. This file knows no loss,
 no completions and no model.
@@ -55,7 +56,10 @@ def _forward_rule(
 ) -> tuple[TokenStatistics, tuple]:
     frozen = not (this.matrix.perturbed or (this.bias and this.bias.perturbed))
     values = jax.tree.map(lambda leaf: leaf.value, (this, other, labels, scored))
-    found, kept = _forward(how, *values, keeps_slope=frozen and "kl" not in how.wanted)
+    # KL's gradient is not one vector times a number: all of it waits for the slopes.
+    found, kept = _forward(how, *values, keeps_slope="kl" not in how.wanted)
+    if frozen and kept.slope is not None:
+        kept = kept._replace(normaliser=None)
     return found, (*values, kept)
 
 
@@ -65,15 +69,13 @@ def _backward_rule(how: How, residuals: tuple, slopes: TokenStatistics) -> tuple
         None if slope is None or isinstance(slope, SymbolicZero) else slope
         for slope in (slopes.log_prob, slopes.kl)
     )
-    if log_prob is None and kl is None:
+    if log_prob is None and kl is None or kept.normaliser is None:
         by_this = jax.tree.map(jnp.zeros_like, this)
-    elif kept.slope is not None:
-        assert log_prob is not None
-        by_hidden = kept.slope * jnp.where(scored, log_prob, 0.0)[..., None]
-        by_this = jax.tree.map(jnp.zeros_like, this)
-        by_this = by_this._replace(hidden=by_hidden.astype(this.hidden.dtype))
     else:
         by_this = _backward(how, this, other, labels, scored, kept, log_prob, kl)
+    if kept.slope is not None and log_prob is not None:
+        by_hidden = kept.slope * jnp.where(scored, log_prob, 0.0)[..., None]
+        by_this = by_this._replace(hidden=by_hidden.astype(this.hidden.dtype))
     return by_this, jax.tree.map(jnp.zeros_like, other), None, None
 
 

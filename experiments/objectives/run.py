@@ -28,6 +28,7 @@ from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import make_sampler
 from dpojax.loading import load_model
 from dpojax.losses.table import MIXTURES, OBJECTIVES
+from dpojax.placing import Keeping
 from dpojax.prepare import make_configured_loss
 from dpojax.run import run
 from dpojax.scoring import score
@@ -119,7 +120,7 @@ def _task(directory: Path, seed: int) -> tuple[Task, float]:
         before, *fields = json.loads(saved.read_text("utf-8"))
         return Task(directory, *fields), before
     task = make_task(directory, TrainConfig(seed=seed))
-    model = load_model(task.model, make_mesh(), compute_dtype=None)
+    model = load_model(task.model, Keeping(make_mesh()))
     before = float(sample(model, model, task.held_out, seed).rewards.mean())
     saved.write_text(json.dumps([before, *task[1:]]), encoding="utf-8")
     return task, before
@@ -148,11 +149,11 @@ def _measure(task: Task, setup: Setup) -> dict[str, Any]:
     )
     result = run(config)
     final, seed = str(result.directory / "final"), config.seed
-    reference = load_model(task.model, make_mesh(), compute_dtype=None)
+    reference = load_model(task.model, Keeping(make_mesh()))
     if "reward_head" in loss.needs:
         after, kl = _best_of(task, final, reference, seed), None
     else:
-        policy = load_model(final, make_mesh(), compute_dtype=None)
+        policy = load_model(final, Keeping(make_mesh()))
         samples = sample(policy, reference, task.held_out, seed)
         after, kl = samples.rewards, samples.kl["kl"]
     return {
