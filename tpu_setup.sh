@@ -2,7 +2,7 @@
 # Takes a bare Cloud TPU VM, or all workers of a pod, to a working dpojax; safe to repeat.
 #
 #   ./tpu_setup.sh --name NAME [--zone ZONE] [--project PROJECT] [install | check]
-#       from your own machine: copies this checkout to every worker and does there
+#       from your own machine: copies this checkout to every worker and runs this script there
 #   ./tpu_setup.sh [install | check]
 #       on a TPU VM: installs this checkout into .venv, then checks the devices and a sum
 #       over those of all workers. `check` waits for the other workers, so that on a pod
@@ -12,7 +12,7 @@
 # Runs on macOS too, whose bash is 3.2.
 set -euo pipefail
 
-readonly python_version=3.12 # the newest that the tests run on
+readonly python_versions='>=3.11,<3.13' # those that the tests run on
 readonly metadata_host=${GCE_METADATA_HOST:-metadata.google.internal}
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly checkout
@@ -148,7 +148,7 @@ read_slice() {
   is_first=$([ "$worker" = 0 ] && echo yes || echo no)
 }
 
-# By uv, which brings a Python where the image has an old one, and nothing where all is there.
+# By uv, which brings a Python where the image's is old, and nothing where all is there.
 install_checkout() {
   local uv=uv
   if ! command -v uv >/dev/null; then
@@ -157,10 +157,10 @@ install_checkout() {
       fail "pip could not install uv; sudo apt-get install python3-pip, or install uv, and run this again."
   fi
   if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    say "Making .venv with Python $python_version."
+    say "Making .venv with Python $python_versions."
     rm -rf .venv
-    "$uv" venv --quiet --python "$python_version" .venv ||
-      fail "uv could not bring Python $python_version; install python$python_version and run this again."
+    "$uv" venv --quiet --python "$python_versions" .venv ||
+      fail "uv could not bring Python $python_versions; install python3.12 and run this again."
   fi
   # Editable: what is copied here later is what runs.
   "$uv" pip install --quiet --python .venv/bin/python --editable '.[tpu]' ||
@@ -175,7 +175,7 @@ check_devices() {
   found=$(.venv/bin/python -m dpojax.device_check --platform tpu --num-processes "$num_workers") ||
     fail "The check of the devices failed; its own words are above."
   say "$found"
-  if [ "$is_first" = yes ]; then
+  if [ -z "$stage" ] && [ "$is_first" = yes ]; then
     say "Ready. On every worker: cd $checkout && .venv/bin/dpojax train experiments/NAME.py$([ "$num_workers" -eq 1 ] || echo ' --distributed auto')"
   fi
 }
