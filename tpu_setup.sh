@@ -80,7 +80,7 @@ set_up_pod() {
   fi
   if is_due check; then
     on_workers "./dpojax/tpu_setup.sh check"
-    say "Ready. Start a run, the same on every worker, with its output on storage that all of them share:"
+    say "Ready. Start a run, in tmux, with its output on storage that all workers share:"
     say "  gcloud compute tpus tpu-vm ssh $name ${where[*]+${where[*]} }--worker=all --command='cd dpojax && .venv/bin/dpojax train experiments/zephyr_7b_dpo.py --distributed auto --output /mnt/shared/runs/zephyr'"
   fi
 }

@@ -3,7 +3,7 @@
 Not run here: the tests build it. Published, before and after: AlpacaEval 2
 (length-controlled) 26.0 and 44.7, Arena-Hard 22.3 and 33.8.
 Command: dpojax train experiments/llama3_8b_simpo.py --distributed auto --output DIR
-Slice: v5e:4x8, 32 chips in 8 hosts: fsdp 32, one microbatch, layers rematerialised.
+Slice: v5e:4x8, 32 chips in 8 workers: fsdp 32, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/llama3_8b_simpo.py --topology v5e:4x8
 --model experiments/shapes/Meta-Llama-3-8B-Instruct
 Sources: Meng et al. 2024, arXiv:2405.14734, and `llama-3-8b-instruct-simpo.yaml` in

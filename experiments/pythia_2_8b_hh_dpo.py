@@ -4,7 +4,7 @@ Not run here: the tests build it. Published: preferred to the chosen answers of 
 set about as often as the best of 128 samples; 2 h 45 on four A100 of 80 GB.
 Command: dpojax train experiments/pythia_2_8b_hh_dpo.py --output runs/pythia-2.8b-hh-dpo
 after `pythia_2_8b_hh_sft.py`, whose model it starts from.
-Slice: v5e:2x4, 8 chips in one host: fsdp 8, one microbatch, layers rematerialised.
+Slice: v5e:2x4, 8 chips in one worker: fsdp 8, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/pythia_2_8b_hh_dpo.py --topology v5e:2x4
 --model experiments/shapes/pythia-2.8b
 Sources: Rafailov et al. 2023, arXiv:2305.18290, appendix B: beta 0.1, batches of 64,

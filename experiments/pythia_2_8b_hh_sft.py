@@ -2,7 +2,7 @@
 
 Not run here: the tests build it. Published: 1 h 30 on four A100 of 80 GB.
 Command: dpojax train experiments/pythia_2_8b_hh_sft.py --output runs/pythia-2.8b-hh-sft
-Slice: v5e:2x4, 8 chips in one host: fsdp 8, one microbatch, layers rematerialised.
+Slice: v5e:2x4, 8 chips in one worker: fsdp 8, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/pythia_2_8b_hh_sft.py --topology v5e:2x4
 --model experiments/shapes/pythia-2.8b
 Sources: Rafailov et al. 2023, arXiv:2305.18290, section 6, and the README and

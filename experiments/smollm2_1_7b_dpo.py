@@ -2,7 +2,7 @@
 
 Not run here: the tests build it.
 Command: dpojax train experiments/smollm2_1_7b_dpo.py --output DIR
-Slice: v5e:2x4, 8 chips in one host: fsdp 8, two microbatches, layers rematerialised.
+Slice: v5e:2x4, 8 chips in one worker: fsdp 8, two microbatches, layers rematerialised.
 Plan: dpojax plan experiments/smollm2_1_7b_dpo.py --topology v5e:2x4
 --model experiments/shapes/smollm2-1.7B-sft
 Sources: the alignment handbook's `recipes/smollm2/dpo/config.yaml`: model, data and

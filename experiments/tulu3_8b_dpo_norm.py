@@ -3,7 +3,7 @@
 Not run here: the tests build it. Published, SFT to DPO: average 60.4 to 64.4, IFEval
 72.8 to 81.1, AlpacaEval 2 (length-controlled) 12.4 to 33.5, GSM8K 76.2 to 84.3.
 Command: dpojax train experiments/tulu3_8b_dpo_norm.py --distributed auto --output DIR
-Slice: v5e:4x8, 32 chips in 8 hosts: fsdp 32, one microbatch, layers rematerialised.
+Slice: v5e:4x8, 32 chips in 8 workers: fsdp 32, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/tulu3_8b_dpo_norm.py --topology v5e:4x8
 --model experiments/shapes/Llama-3.1-Tulu-3-8B-SFT
 Sources: Lambert et al. 2024, arXiv:2411.15124, section 5, and the command in

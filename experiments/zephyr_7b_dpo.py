@@ -3,7 +3,7 @@
 Not run here: the tests build it. Published: MT-Bench 7.34 (before DPO 6.64),
 AlpacaEval 90.6 (85.65).
 Command: dpojax train experiments/zephyr_7b_dpo.py --distributed auto --output DIR
-Slice: v5e:4x4, 16 chips in 4 hosts: fsdp 16, one microbatch, layers rematerialised.
+Slice: v5e:4x4, 16 chips in 4 workers: fsdp 16, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/zephyr_7b_dpo.py --topology v5e:4x4
 --model experiments/shapes/zephyr-7b-sft-full
 Sources: Tunstall et al. 2023, arXiv:2310.16944, section 4.3: beta 0.1, three epochs,

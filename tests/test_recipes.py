@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
 from dpojax.config import TrainConfig
 from dpojax.fitting import check_memory
@@ -112,3 +113,18 @@ def test_every_shape_is_counted_and_every_recipe_is_in_the_table():
         row = rows[path.stem][1]
         assert f"`{config.loss.name}`" in row
         assert find(r"Slice: ([^,]+),", docstring) in row
+
+
+def test_the_readmes_jobset_has_a_host_for_every_four_chips_of_its_recipes_slice():
+    text = (ROOT / "README.md").read_text("utf-8")
+    block = find(r"(?s)```yaml\n(.*?)```", text)
+    (job,) = yaml.safe_load(block)["spec"]["replicatedJobs"]
+    hosts = job["template"]["spec"]
+    pod = hosts["template"]["spec"]
+    (container,) = pod["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    command = container["command"][-1]
+    config, docstring = load(ROOT / find(r"train (\S+)", command))
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    assert "\n" not in command and f"Slice: v5e:{topology}," in docstring
+    assert hosts["parallelism"] == hosts["completions"] == config.mesh.fsdp // chips

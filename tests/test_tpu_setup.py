@@ -6,6 +6,7 @@ metadata server of its own. Everything else, tar and git and curl, is real.
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "tpu_setup.sh"
+README = SCRIPT.with_name("README.md")
 TOOLS = (
     "bash", "cat", "chmod", "cp", "curl", "dirname", "env", "git", "grep", "gzip",
     "mkdir", "mktemp", "paste", "rm", "sed", "sort", "tar", "tee", "tr",
@@ -337,13 +339,18 @@ def test_help_is_the_head_of_the_script(bench: Bench):
     assert "GCE_METADATA_HOST" in done.stdout and "set -euo" not in done.stdout
 
 
-def test_shellcheck_finds_nothing():
+def test_shellcheck_finds_nothing_in_the_script_and_in_what_the_readme_shows():
     beside = Path(sys.executable).with_name("shellcheck")
     found = str(beside) if beside.exists() else shutil.which("shellcheck")
     if found is None:
         pytest.skip("needs shellcheck, of the dev extra")
-    done = subprocess.run((found, str(SCRIPT)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    blocks = re.findall(r"```bash\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    assert any("tpu_setup.sh" in block for block in blocks)
+    for text in (SCRIPT.read_text("utf-8"), *blocks):
+        done = subprocess.run(
+            (found, "--shell=bash", "-"), input=text, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
 
 
 def test_the_script_can_be_executed():
