@@ -6,6 +6,7 @@ Command: dpojax train experiments/llama3_8b_simpo.py --distributed auto --output
 Slice: v5e:4x8, 32 chips in 8 workers: fsdp 32, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/llama3_8b_simpo.py --topology v5e:4x8
 --model experiments/shapes/Meta-Llama-3-8B-Instruct
+--prompt-tokens 256 --completion-tokens 448 --spread 0.5
 Sources: Meng et al. 2024, arXiv:2405.14734, and `llama-3-8b-instruct-simpo.yaml` in
 princeton-nlp/SimPO: model, data and splits, beta 2.5, gamma over beta 0.55, one epoch,
 batches of 128, 2,048 tokens, AdamW, a cosine from 1e-6 with a tenth of warm-up. The

@@ -7,6 +7,7 @@ after `pythia_2_8b_hh_sft.py`, whose model it starts from.
 Slice: v5e:2x4, 8 chips in one worker: fsdp 8, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/pythia_2_8b_hh_dpo.py --topology v5e:2x4
 --model experiments/shapes/pythia-2.8b
+--prompt-tokens 128 --completion-tokens 80 --spread 0.5
 Sources: Rafailov et al. 2023, arXiv:2305.18290, appendix B: beta 0.1, batches of 64,
 RMSprop at a constant 1e-6 after 150 steps of warm-up (its code: 5e-7). From the README
 and `config/config.yaml` of eric-mitchell/direct-preference-optimization: one epoch, 512

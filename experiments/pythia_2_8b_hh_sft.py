@@ -5,6 +5,7 @@ Command: dpojax train experiments/pythia_2_8b_hh_sft.py --output runs/pythia-2.8
 Slice: v5e:2x4, 8 chips in one worker: fsdp 8, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/pythia_2_8b_hh_sft.py --topology v5e:2x4
 --model experiments/shapes/pythia-2.8b
+--prompt-tokens 128 --completion-tokens 80 --spread 0.5
 Sources: Rafailov et al. 2023, arXiv:2305.18290, section 6, and the README and
 `config/config.yaml` of eric-mitchell/direct-preference-optimization: model, data, one
 epoch, batches of 64, 512 tokens, RMSprop at a constant 5e-7 after 150 steps of warm-up,

@@ -6,6 +6,7 @@ Command: dpojax train experiments/tulu3_8b_dpo_norm.py --distributed auto --outp
 Slice: v5e:4x8, 32 chips in 8 workers: fsdp 32, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/tulu3_8b_dpo_norm.py --topology v5e:4x8
 --model experiments/shapes/Llama-3.1-Tulu-3-8B-SFT
+--prompt-tokens 256 --completion-tokens 512 --spread 0.5
 Sources: Lambert et al. 2024, arXiv:2411.15124, section 5, and the command in
 open-instruct's `docs/tulu3.md`: model, data, dpo_norm with beta 5, one epoch, batches
 of 8 devices x 16 accumulated, 2,048 tokens, AdamW without decay, a linear schedule from

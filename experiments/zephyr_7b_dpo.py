@@ -6,6 +6,7 @@ Command: dpojax train experiments/zephyr_7b_dpo.py --distributed auto --output D
 Slice: v5e:4x4, 16 chips in 4 workers: fsdp 16, one microbatch, layers rematerialised.
 Plan: dpojax plan experiments/zephyr_7b_dpo.py --topology v5e:4x4
 --model experiments/shapes/zephyr-7b-sft-full
+--prompt-tokens 192 --completion-tokens 320 --spread 0.5
 Sources: Tunstall et al. 2023, arXiv:2310.16944, section 4.3: beta 0.1, three epochs,
 batches of 32, AdamW without decay, a linear schedule from 5e-7 with a tenth of warm-up.
 Of the alignment handbook's `recipes/zephyr-7b-beta`: the model, the data's splits and

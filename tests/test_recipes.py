@@ -90,7 +90,7 @@ def test_a_recipe_names_its_sources_its_slice_and_that_it_was_not_run(path: Path
     assert (shape / "config.json").is_file()
     assert config.model is not None
     assert config.model.endswith(shape.name) or config.model.startswith("runs/")
-    assert (config.microbatches == 2) == ("two microbatches" in text)
+    assert (config.microbatches == 1) == ("one microbatch," in text)
     assert config.remat == "full" and config.compute_dtype == "bfloat16"
 
 
