@@ -5,7 +5,6 @@ metadata server of its own. Everything else, tar and git and curl, is real.
 """
 
 import contextlib
-import os
 import re
 import shutil
 import subprocess
@@ -351,7 +350,3 @@ def test_shellcheck_finds_nothing_in_the_script_and_in_what_the_readme_shows():
             (found, "--shell=bash", "-"), input=text, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout
-
-
-def test_the_script_can_be_executed():
-    assert os.access(SCRIPT, os.X_OK)
