@@ -20,7 +20,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "tpu_setup.sh"
 README = SCRIPT.with_name("README.md")
 TOOLS = (
-    "bash", "cat", "chmod", "cp", "curl", "dirname", "env", "git", "grep", "gzip",
+    "bash", "cat", "cp", "curl", "dirname", "env", "git", "grep", "gzip",
     "mkdir", "mktemp", "paste", "rm", "sed", "sort", "tar", "tee", "tr",
 )  # fmt: skip
 
@@ -113,9 +113,9 @@ def bench(tmp_path: Path) -> Bench:
         if found is None:
             pytest.skip(f"needs {tool}")
         (tools / tool).symlink_to(found)
-    scripts = {"uv": UV, "venv-python": VENV_PYTHON}
     for place, name, text in (
-        *((standins, name, text) for name, text in scripts.items()),
+        (standins, "uv", UV),
+        (standins, "venv-python", VENV_PYTHON),
         (tools, "python3", PYTHON3),
         (tools, "gcloud", GCLOUD),
     ):
@@ -246,8 +246,7 @@ def test_a_venv_that_does_not_run_is_made_anew(bench: Bench, worker: str):
 
 
 def test_a_machine_without_metadata_is_no_tpu_vm(bench: Bench):
-    done = bench.run(GCE_METADATA_HOST="127.0.0.1:9")
-    refused(done, "this is no Cloud TPU VM", "--name")
+    refused(bench.run(GCE_METADATA_HOST="127.0.0.1:9"), "no Cloud TPU VM", "--name")
     assert not bench.called("")
 
 
@@ -283,10 +282,10 @@ def test_a_pod_is_set_up_worker_by_worker(pod: Bench):
     calls = pod.called("gcloud")
     assert [call.split()[4] for call in calls] == ["describe", "scp", "ssh", "ssh"]
     assert all("--zone=us-west4-a --project=mine" in call for call in calls)
-    wanted = {".gitignore", "my own.py", "tpu_setup.sh"}
     for number in range(4):
         sent = files(pod.workers / str(number) / "dpojax")
-        assert wanted <= sent.keys() and not {"runs/large", "gone.py"} & sent.keys()
+        assert {"my own.py", "tpu_setup.sh"} <= sent.keys()
+        assert not {"runs/large", "gone.py"} & sent.keys()
         assert f"worker {number}: 16 devices" in done.stdout
     checks = pod.called("device_check")
     assert len(checks) == 4 and all(call.endswith("4") for call in checks)
@@ -333,9 +332,8 @@ def test_what_is_no_git_checkout_is_not_copied(pod: Bench):
 
 
 def test_help_is_the_head_of_the_script(bench: Bench):
-    done = bench.run("--help")
-    assert done.returncode == 0 and done.stdout.startswith("Takes a bare Cloud TPU VM")
-    assert "GCE_METADATA_HOST" in done.stdout and "set -euo" not in done.stdout
+    said = bench.run("--help").stdout
+    assert said.startswith("Takes a bare") and said.endswith("bash is 3.2.\n")
 
 
 def test_shellcheck_finds_nothing_in_the_script_and_in_what_the_readme_shows():
