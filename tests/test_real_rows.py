@@ -114,24 +114,31 @@ def folded(example: Example) -> Example:
     return Example(prompt, tuple(completions))
 
 
-WAYS: dict[str, tuple[str, Remat, tuple[int, int, int], int]] = {
-    "blocks, all recomputed, rows over four devices": ("xla", "full", (1, 4, 1), 1),
-    "the flash kernel, heads and vocabulary divided too": (
-        "flash", "save_attention", (1, 2, 2), 1,
+class Way(NamedTuple):
+    kernel: str
+    remat: Remat
+    mesh: tuple[int, int, int]
+    num_microbatches: int
+    precomputed: bool
+
+
+WAYS = {
+    "blocks, all recomputed, rows over four devices": Way(
+        "xla", "full", (1, 4, 1), 1, False
     ),
-    "products kept, two microbatches": ("xla", "dots", (4, 1, 1), 2),
-}  # fmt: skip
+    "flash, heads and vocabulary divided too, reference precomputed": Way(
+        "flash", "save_attention", (1, 2, 2), 1, True
+    ),
+    "products kept, two microbatches": Way("xla", "dots", (4, 1, 1), 2, False),
+}
 
 
-@pytest.mark.parametrize("precomputed", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-def test_packed_rows_give_the_plain_loss_and_gradient(
-    plain: Plain, way: str, precomputed: bool
-):
-    kernel, remat, shape, num_parts = WAYS[way]
-    mesh = make_mesh(*shape)
+@pytest.mark.parametrize("name", WAYS)
+def test_packed_rows_give_the_plain_loss_and_gradient(plain: Plain, name: str):
+    way = WAYS[name]
+    mesh = make_mesh(*way.mesh)
     attend = make_attend("xla")
-    if kernel == "flash":
+    if way.kernel == "flash":
         on_mesh = make_by_shard_and_head(mesh)
 
         def attend(*arrays: jax.Array, window: Any, scale: Any, cap: Any) -> jax.Array:
@@ -141,26 +148,26 @@ def test_packed_rows_give_the_plain_loss_and_gradient(
             return on_mesh(fixed)(*arrays, window=window)
 
     model = make_model(
-        CONFIG, remat=remat, attend=attend, constrain=make_constrain(mesh)
+        CONFIG, remat=way.remat, attend=attend, constrain=make_constrain(mesh)
     )
     step = make_train_step(
         model.apply,
         make_loss("dpo", beta=0.1),
         keep_gradient(),
-        num_microbatches=num_parts,
+        num_microbatches=way.num_microbatches,
         token_metrics=("entropy", "mean_token_accuracy"),
         chunk_size=100,
         tile_size=300,
         spread=Spread(mesh),
     )
     examples, reference = plain.examples, plain.reference
-    if precomputed:
+    if way.precomputed:
         reference, known = None, plain.reference_log_probs.tolist()
         examples = [
             example._replace(reference=tuple(numbers))
             for example, numbers in zip(examples, known, strict=True)
         ]
-    batches = packed_batches(examples, len(examples), 4 * num_parts)
+    batches = packed_batches(examples, len(examples), 4 * way.num_microbatches)
     [(rows, batch)] = list(batches)
     assert len(rows) < len(examples)  # some share a row
     state = init_state(jax.tree.map(jnp.copy, plain.policy), keep_gradient())
