@@ -23,7 +23,7 @@ os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 # in a collective would otherwise take all of them, and the others never join.
 os.environ.setdefault("NPROC", "16")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# torch's threads would spin, between operations of microseconds, on the cores of others.
+# torch's threads spin while they wait, on cores that the other tests need.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _PROGRAMS = keep_programs()
 
