@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from compilation import keep_programs, quick_flags
 from hypothesis import settings
 
 if TYPE_CHECKING:  # the tests import it only once the environment is set
@@ -15,23 +17,41 @@ if TYPE_CHECKING:  # the tests import it only once the environment is set
 
 # Set before any test module imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = (
-    "--xla_force_host_platform_device_count=4",
-    # Half the time of the tests is compilation; they need no fast code.
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-)
+_FLAGS = ("--xla_force_host_platform_device_count=4", *quick_flags())
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 # Threads of XLA's pools: where devices outnumber cores, those that wait for each other
 # in a collective would otherwise take all of them, and the others never join.
 os.environ.setdefault("NPROC", "16")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Commands keep compiled programs in the user's home; tests keep out of it.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# torch's threads spin while they wait, on cores that the other tests need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+_PROGRAMS = keep_programs()
 
 # Machines that are shared are slow at times, which is no failure.
 settings.register_profile("dpojax", deadline=None)
 settings.load_profile("dpojax")
+
+
+# Begun first, so that at the end no core waits for another's whole file.
+_LONGEST = (
+    "test_train_step",
+    "test_run_lora",
+    "test_parity",
+    "test_run_objectives",
+    "test_loop",
+    "test_experts",
+    "test_lora",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files by when they are begun; within one, nothing changes."""
+    items.sort(key=lambda item: item.path.stem not in _LONGEST)
+
+
+def pytest_unconfigure() -> None:
+    """Removes what was compiled."""
+    shutil.rmtree(_PROGRAMS)
 
 
 @pytest.fixture(scope="session")

@@ -61,13 +61,17 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where commands keep compiled programs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # As where nothing is said; the tests have a cache of their own.
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     names = (
         "jax_enable_compilation_cache",
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
     )
     before = {name: jax.config.values[name] for name in names}
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     compilation_cache.reset_cache()
     yield tmp_path / "dpojax" / "compiled"
     for name, value in before.items():

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import AS_USERS_DO
 from safetensors.numpy import load_file
 from tiny_models import SMALL
 
@@ -286,12 +287,8 @@ def test_at_step_zero_the_loss_is_log_two_and_every_reward_exactly_zero(
     batch = one_per_row(random_examples(4))
     reference = copy_params(params)
     arguments = init_state(params, optimizer), reference, batch
-    # As users compile it: the tests' own flags would fuse other operations.
-    options = {
-        "xla_backend_optimization_level": 3,
-        "xla_llvm_disable_expensive_passes": False,
-    }
-    compiled = step.lower(*arguments).compile(compiler_options=options)
+    # The tests' own flags would fuse other operations.
+    compiled = step.lower(*arguments).compile(compiler_options=AS_USERS_DO)
     values = summarize(compiled(*arguments)[1])
     assert abs(values["loss"] - math.log(2)) < 1e-6
     assert values["rewards/accuracies"] == 0.5
