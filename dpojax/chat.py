@@ -63,7 +63,8 @@ def chat(config: GenerateConfig) -> Messages:
 
 def _check(config: GenerateConfig) -> None:
     plain = GenerateConfig(model=config.model)
-    for name in ("prompt", "prompts_file", "output", "num_samples", "batch_size"):
+    for name in ("prompt", "prompts_file", "output", "num_samples", "batch_size",
+                 "distributed"):  # fmt: skip
         if vars(config)[name] != vars(plain)[name]:
             flag = name.replace("_", "-")
             raise ValueError(

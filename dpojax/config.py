@@ -49,6 +49,20 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """The processes of a run: the same command on every host."""
+
+    method: Annotated[str, tyro.conf.arg(name="")] = "none"
+    """none, auto (as JAX finds them), mpi4py, or HOST:PORT of process 0."""
+    num_processes: Annotated[
+        int | None, tyro.conf.arg(aliases=("--num-processes",))
+    ] = None
+    """With HOST:PORT: how many there are. Default: JAX_NUM_PROCESSES."""
+    process: Annotated[int | None, tyro.conf.arg(aliases=("--process",))] = None
+    """With HOST:PORT: which of them this is, from 0. Default: JAX_PROCESS_ID."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The objective and its settings; those left at None keep the objective's default.
 
@@ -222,3 +236,4 @@ class TrainConfig:
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)

@@ -25,6 +25,7 @@ from dpojax.sharding import (
     make_by_shard,
     make_by_shard_and_head,
     make_constrain,
+    put_everywhere,
 )
 
 BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
@@ -134,7 +135,7 @@ def place_adapters(
     assert model.lora is not None
     shapes = _shapes(model)
     host = read_adapters(directory, model.lora, shapes, model.params, settings)
-    return jax.device_put(host, as_shardings(shapes, mesh))
+    return put_everywhere(host, as_shardings(shapes, mesh))
 
 
 def _shapes(model: Model) -> Params:

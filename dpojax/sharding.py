@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Batch = TypeVar("Batch")
+Placed = TypeVar("Placed")
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch, and of activations
 
@@ -87,41 +89,71 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
+def put_everywhere(tree: Any, shardings: Any) -> Any:
+    """Puts arrays that every process has whole onto devices of all of them.
+
+    Not device_put: between processes it would wait for the devices, to compare what
+    each of them was given.
+    """
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
+
+
 class Placement(NamedTuple):
     """How rows reach the devices."""
 
     put: Callable[[Any], Any]  # host arrays, rows first, to sharded ones
+    put_own: Callable[[Any], Any]  # the same, of arrays of `own_rows` alone
+    # Of so many rows, those that are on devices of this process.
+    own_rows: Callable[[int], np.ndarray]
     num_shards: int  # ways in which rows are divided; their number is a multiple
     mesh: Mesh
 
 
 def make_placement(mesh: Mesh) -> Placement:
     """Rows over all devices of a mesh that see different ones."""
-    sharding = rows_sharding(mesh)
+    sharding, num_shards = rows_sharding(mesh), num_row_shards(mesh)
+    # The shards that this process has; any of them may be on several devices.
+    indices = sharding.addressable_devices_indices_map((num_shards,)).values()
+    own = sorted({index[0].start or 0 for index in indices if index is not None})
+
+    def own_rows(num_rows: int) -> np.ndarray:
+        return np.arange(num_rows).reshape(num_shards, -1)[own].reshape(-1)
 
     def put(rows: Any) -> Any:
-        # Not device_put: between processes it would wait for the devices, to compare
-        # what each of them was given.
-        return jax.tree.map(
-            lambda array: jax.make_array_from_callback(
-                array.shape, sharding, array.__getitem__
-            ),
-            rows,
-        )
+        return put_everywhere(rows, jax.tree.map(lambda _: sharding, rows))
 
-    return Placement(put, num_row_shards(mesh), mesh)
+    def put_own(rows: Any) -> Any:
+        def place(array: np.ndarray) -> jax.Array:
+            parts = dict(zip(own, np.split(array, len(own)), strict=True))
+            num_rows = len(array) * num_shards // len(own)
+
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None  # it would be for a device of another process
+                first = index[0].start or 0
+                return parts[first * num_shards // num_rows]
+
+            shape = (num_rows, *array.shape[1:])
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        return jax.tree.map(place, rows)
+
+    return Placement(put, put_own, own_rows, num_shards, mesh)
 
 
 def put_ahead(
-    batches: Iterable[Batch], put: Callable[[Batch], Batch]
-) -> Iterator[tuple[Batch, Batch]]:
+    batches: Iterable[Batch], put: Callable[[Batch], Placed]
+) -> Iterator[tuple[Batch, Placed]]:
     """Each batch on the host and on the devices, where the next one is on its way.
 
     Args:
       batches: rows on the host.
       put: sends them off to the devices, and does not wait for their arrival.
     """
-    waiting: list[tuple[Batch, Batch]] = []
+    waiting: list[tuple[Batch, Placed]] = []
     for batch in batches:
         waiting.append((batch, put(batch)))
         if len(waiting) == 2:
