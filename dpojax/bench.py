@@ -67,7 +67,7 @@ def bench(config: BenchConfig) -> Figures:
     # -- Settings that cannot work ----------------------------------------------------
     connect(config.distributed)
     loss = make_configured_loss(config.loss)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     check_settings(config, loss)
     _check(config, loss)
     output = None if config.output is None else new_file(config.output)

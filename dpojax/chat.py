@@ -41,7 +41,7 @@ def chat(config: GenerateConfig) -> Messages:
         chat template, before anything is read.
     """
     _check(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     system = [] if config.system is None else [_message("system", config.system)]
     _check_model(config, loaded, system)

@@ -85,7 +85,7 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
     """Loss, accuracy, margins and KL of a policy, each with its standard error."""
     connect(config.distributed)
     loss = make_configured_loss(config.loss)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     if config.batch_size < 1 or config.kl_samples < 0:
         raise ValueError(
             f"batch_size is {config.batch_size} and kl_samples {config.kl_samples}; "

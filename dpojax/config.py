@@ -38,7 +38,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How devices share the work; the product is their number."""
+    """How devices share the work; the product is their number, slices divide data."""
 
     data: int = -1
     """Copies of the model, each with its own rows; -1: all devices that are left."""
@@ -46,6 +46,8 @@ class MeshConfig:
     """Devices that share one copy's parameters, each with its own rows."""
     tensor: int = 1
     """Devices that share each matrix product."""
+    expert: int = 1
+    """Devices that divide a copy's experts among them, each with its own rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

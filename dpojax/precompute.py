@@ -50,7 +50,7 @@ def reference(config: ReferenceConfig) -> Path:
     config = replace(config, reference=spelled)
     connect(config.distributed)
     loss = make_configured_loss(config.loss)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     check_training(config, loss)
     loaded = load_policy(config, loss, mesh)
     check_positions(loaded, config.max_length)

@@ -74,7 +74,7 @@ def run(config: TrainConfig) -> Result:
     # -- Settings that cannot work ----------------------------------------------------
     connect(config.distributed)
     loss = make_configured_loss(config.loss)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     check_training(config, loss)
     memory = check_memory(config, loss)
     directory = choose_directory(config)

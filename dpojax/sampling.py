@@ -44,7 +44,7 @@ def generate(config: GenerateConfig) -> list[Continued]:
     connect(config.distributed)
     output = None if config.output is None else new_file(config.output)
     prompts = _prompts(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     loaded = load_model(config.model, mesh, compute_dtype=config.compute_dtype)
     ids = [encode_prompt(prompt, loaded.tokenizer) for prompt in prompts]
     remedy = "lower --max-new-tokens, or give shorter prompts"

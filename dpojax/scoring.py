@@ -44,7 +44,7 @@ def score(config: ScoreConfig) -> Path:
     output = new_file(config.output)
     if config.batch_size < 1:
         raise ValueError(f"batch_size is {config.batch_size}; it must be positive.")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     loaded = load_reward_model(config.model, mesh, compute_dtype=config.compute_dtype)
     check_positions(loaded, config.max_length)
     records = _read(config)

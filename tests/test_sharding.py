@@ -47,19 +47,20 @@ def as_specs(tree: Any, mesh: jax.sharding.Mesh) -> dict[str, P]:
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ({}, (4, 1, 1)),
-        ({"data": 2, "fsdp": -1}, (2, 2, 1)),
-        ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 2)),
-        ({"data": -1, "tensor": 4}, (1, 1, 4)),
-        ({"data": 1, "fsdp": 4}, (1, 4, 1)),
+        ({}, (4, 1, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 2, 1, 1)),
+        ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 1, 2)),
+        ({"data": -1, "tensor": 4}, (1, 1, 1, 4)),
+        ({"data": 1, "fsdp": 4}, (1, 4, 1, 1)),
+        ({"expert": 2}, (2, 1, 2, 1)),
     ],
 )
 def test_one_size_may_be_what_is_left_of_the_devices(
-    sizes: dict[str, int], expected: tuple[int, int, int]
+    sizes: dict[str, int], expected: tuple[int, int, int, int]
 ):
     mesh = make_mesh(**sizes)
     assert tuple(mesh.shape.values()) == expected
-    assert num_row_shards(mesh) == expected[0] * expected[1]
+    assert num_row_shards(mesh) == 4 // expected[3]
 
 
 @pytest.mark.parametrize(
@@ -114,9 +115,9 @@ def test_every_device_has_a_part_of_every_expert():
     }
     assert experts == {
         "router/kernel": P(),
-        "gate/kernel": P(None, None, "fsdp", "tensor"),
-        "up/kernel": P(None, None, "fsdp", "tensor"),
-        "down/kernel": P(None, None, "tensor", "fsdp"),
+        "gate/kernel": P(None, "expert", "fsdp", "tensor"),
+        "up/kernel": P(None, "expert", "fsdp", "tensor"),
+        "down/kernel": P(None, "expert", "tensor", "fsdp"),
     }
 
 
