@@ -28,7 +28,7 @@ from dpojax.prepare import (
     load_split,
     make_configured_loss,
 )
-from dpojax.processes import check_same
+from dpojax.processes import check_same, is_preempted
 from dpojax.progress import say, track
 from dpojax.reference import Params
 from dpojax.reference_setting import named_reference
@@ -216,6 +216,7 @@ def run(config: TrainConfig) -> Result:
             steps.catch_up()  # with an interval that ended before this step
             step += 1
             steps.add(step, sums, num_tokens)
+            preempted = is_preempted(step)
             due = {
                 name: step == stop or step % every == 0
                 for name, every in (
@@ -224,6 +225,7 @@ def run(config: TrainConfig) -> Result:
                     ("save", config.save_every),
                 )
             }
+            due["save"] = due["save"] or preempted
             if any(due.values()):
                 steps.end_interval()
             if due["evaluate"] or due["save"]:
@@ -236,6 +238,8 @@ def run(config: TrainConfig) -> Result:
                     checkpoints.save(step, state, note | newest, best_by)
                 steps.restart()
             advance(figures_line("", steps.latest))
+            if preempted:
+                break
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:

@@ -56,7 +56,7 @@ def as_specs(tree: Any, mesh: jax.sharding.Mesh) -> dict[str, P]:
     ],
 )
 def test_one_size_may_be_what_is_left_of_the_devices(
-    sizes: dict[str, int], expected: tuple[int, int, int, int]
+    sizes: dict[str, Any], expected: tuple[int, int, int, int]
 ):
     mesh = make_mesh(**sizes)
     assert tuple(mesh.shape.values()) == expected
@@ -76,7 +76,7 @@ def test_one_size_may_be_what_is_left_of_the_devices(
         {"data": -2, "fsdp": -2},
     ],
 )
-def test_sizes_that_do_not_fit_the_devices_are_refused(sizes: dict[str, int]):
+def test_sizes_that_do_not_fit_the_devices_are_refused(sizes: dict[str, Any]):
     with pytest.raises(ValueError, match="does not fit 4 devices"):
         make_mesh(**sizes)
 
