@@ -55,7 +55,7 @@ FLAGS = (  # most of the time is compilation
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--processes", type=int, nargs="+", default=(2, 4, 8))
     parser.add_argument("--only", nargs="+", choices=CASES, default=tuple(CASES))
