@@ -50,6 +50,7 @@ from dpojax.models.families import as_decoder_config
 from dpojax.models.huggingface import read_params, read_settings, write_model
 from dpojax.models.weight_files import StoredTensor
 from dpojax.data.packing import Example
+from dpojax.processes import check_same, decided_by_first
 from dpojax.reference_cache import find_cache
 from dpojax.reference_pass import make_reference_step, with_reference
 from dpojax.sharding import as_shardings, make_mesh, make_placement
@@ -57,6 +58,19 @@ from dpojax.sharding import as_shardings, make_mesh, make_placement
 directory, port, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 settings = {"method": f"localhost:{port}", "num_processes": 2, "process": process}
 connect(DistributedConfig(**settings))
+
+def refuse():
+    raise ValueError(f"process {process} decided")
+
+for ask in (
+    lambda: check_same({"batch_size": 4, "seed": process}, "give one"),
+    lambda: decided_by_first(refuse),
+):
+    try:
+        ask()
+    except ValueError as error:
+        print("refused:", error)
+print("decided:", decided_by_first(lambda: f"by {process}"))
 read, sizes = StoredTensor.read, []
 
 def counted(tensor, index):
@@ -162,6 +176,15 @@ def test_two_processes_read_a_half_each_and_write_the_whole(
     assert again == files
 
 
+def test_processes_that_differ_are_refused_and_process_0_decides_for_all(
+    begun: tuple[Path, list[str]],
+):
+    for text in begun[1]:
+        assert "refused: The seed of process 1 is another than that of process" in text
+        assert "refused: process 0 decided" in text
+        assert "decided: by 0" in text
+
+
 def test_a_run_of_two_processes_is_that_of_one_which_may_continue_it(
     begun: tuple[Path, list[str]], config: TrainConfig, place: Path
 ):
@@ -238,14 +261,15 @@ def train(
 def test_a_run_of_four_processes_goes_on_with_two_and_then_with_one(
     config: TrainConfig, place: Path
 ):
+    longer = replace(config, steps=6)  # through the end of an epoch
     for count, mesh, more in (
-        (4, (2, 2, 1), ("--stop-after", "1")),
-        (2, (1, 1, 2), ("--stop-after", "2", "--resume")),
+        (4, (2, 2, 1), ("--stop-after", "2")),
+        (2, (1, 1, 2), ("--stop-after", "4", "--resume")),
         (1, (1, 1, 1), ("--resume",)),
     ):
-        flags = as_flags(config, place / "fewer", mesh)
+        flags = as_flags(longer, place / "fewer", mesh)
         assert set(wait(start(place, train(place, flags, count, more)))) == {0}
-    alone = as_flags(config, place / "alone", (1, 1, 1))
+    alone = as_flags(longer, place / "alone", (1, 1, 1))
     assert wait(start(place, train(place, alone, 1))) == [0]
     assert_same_run(place / "fewer", place / "alone")
 

@@ -1,9 +1,10 @@
 """The mesh, and the sharding of a decoder's parameters. Moves next to nothing."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -18,6 +19,7 @@ from dpojax.sharding import (
     num_row_shards,
     rows_sharding,
 )
+from dpojax.slices import arrange
 
 
 def make_params(width: int = 32, vocabulary_size: int = 64, **fields: Any) -> Any:
@@ -164,6 +166,44 @@ def test_the_state_of_the_optimizer_is_sharded_like_its_parameters():
     assert shardings[0].mu == wanted
     assert shardings[0].nu == wanted
     assert shardings[0].count.spec == P()
+
+
+class FakeChip(NamedTuple):
+    """What of a TPU's device decides where it goes in a mesh."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def test_slices_share_no_copy_of_the_model():
+    chips: Any = [
+        FakeChip(4 * part + x + 2 * y, part, (x, y, 0))
+        for part in (0, 1)
+        for x, y in ((0, 0), (1, 0), (0, 1), (1, 1))
+    ]
+    for sizes in ((2, 2, 1, 2), (2, 4, 1, 1), (4, 2, 1, 1)):
+        placed = arrange(sizes, chips[::-1])
+        halves = placed.reshape(2, -1)
+        for part, half in enumerate(halves):
+            assert {chip.slice_index for chip in half} == {part}
+        assert {chip.id for chip in placed.flat} == set(range(8))
+    with pytest.raises(ValueError, match="in 2 slices.* --mesh.data is 1 and must"):
+        arrange((1, 8, 1, 1), chips)
+
+
+def test_own_rows_are_placed_as_whole_batches_are():
+    placement = make_placement(make_mesh(data=2, tensor=2))
+    rows = np.arange(24).reshape(8, 3)
+    own = placement.own_rows(8)
+    assert own.tolist() == list(range(8))  # a process that is alone has all of them
+    whole, parts = placement.put(rows), placement.put_own(rows[own])
+    assert whole.sharding == parts.sharding
+    np.testing.assert_array_equal(whole, parts)
 
 
 def test_rows_are_placed_over_data_and_fsdp():
