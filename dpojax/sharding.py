@@ -6,7 +6,7 @@ whose paths end in those of the parameters.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dpojax.slices import arrange
+from dpojax.slices import Devices, arrange
 
 Batch = TypeVar("Batch")
 Placed = TypeVar("Placed")
@@ -46,7 +46,7 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     expert: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
 ) -> Mesh:
     """A mesh over all devices.
 

@@ -6,13 +6,16 @@ else stays inside. This file knows no model and no rows.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+Devices = Sequence[Any]  # of jax.Device, which type checkers take for a variable
 
-def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+
+def arrange(sizes: Sequence[int], devices: Devices) -> np.ndarray:
     """Devices in an array, near ones along its last axes.
 
     Args:
@@ -41,7 +44,7 @@ def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     )
 
 
-def count_slices(devices: Sequence[jax.Device]) -> int:
+def count_slices(devices: Devices) -> int:
     """How many slices devices are in; those of CPUs and GPUs count as one."""
     if devices[0].platform != "tpu":
         return 1

@@ -1,6 +1,7 @@
 """The mesh, and the sharding of a decoder's parameters. Moves next to nothing."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,8 @@ def test_the_state_of_the_optimizer_is_sharded_like_its_parameters():
     assert shardings[0].count.spec == P()
 
 
-class FakeChip(NamedTuple):
+@dataclass(frozen=True)
+class FakeChip:
     """What of a TPU's device decides where it goes in a mesh."""
 
     id: int
