@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from dpojax.bench_inputs import make_pairs, make_random_model, read_pairs
 from dpojax.command_config import BenchConfig
+from dpojax.connecting import connect
 from dpojax.data.loader import training_batches
 from dpojax.data.packing import Example
 from dpojax.flops import num_positions, num_sequence_tokens, step_flops
@@ -64,8 +65,9 @@ def bench(config: BenchConfig) -> Figures:
       What the JSON file holds: times in seconds, memory in bytes.
     """
     # -- Settings that cannot work ----------------------------------------------------
+    connect(config.distributed)
     loss = make_configured_loss(config.loss)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     check_settings(config, loss)
     _check(config, loss)
     output = None if config.output is None else new_file(config.output)

@@ -42,7 +42,7 @@ def chat(config: GenerateConfig) -> Messages:
         chat template, before anything is read.
     """
     _check(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     loaded = load_model(config.model, Keeping(mesh, config.compute_dtype))
     system = [] if config.system is None else [_message("system", config.system)]
     _check_model(config, loaded, system)
@@ -64,7 +64,8 @@ def chat(config: GenerateConfig) -> Messages:
 
 def _check(config: GenerateConfig) -> None:
     plain = GenerateConfig(model=config.model)
-    for name in ("prompt", "prompts_file", "output", "num_samples", "batch_size"):
+    for name in ("prompt", "prompts_file", "output", "num_samples", "batch_size",
+                 "distributed"):  # fmt: skip
         if vars(config)[name] != vars(plain)[name]:
             flag = name.replace("_", "-")
             raise ValueError(

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(error, OSError) and not _is_ours(error):
             raise
         sentence = " ".join(str(error).splitlines())
-        print(f"dpojax: error: {sentence}", file=sys.stderr)
+        print(f"dpojax: error{_where()}: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -103,6 +103,14 @@ def _load_experiment(path: Path) -> TrainConfig:
     if not isinstance(made, TrainConfig):
         raise ValueError(f"{path} has no function config() that returns a TrainConfig.")
     return made
+
+
+def _where() -> str:
+    """Which of several processes this is."""
+    jax = sys.modules.get("jax")  # where nothing has needed it, there is but one
+    if jax is None or not jax.distributed.is_initialized():
+        return ""
+    return f" in process {jax.process_index()} of {jax.process_count()}"
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dpojax.config import LossConfig, MeshConfig, TrainConfig
+from dpojax.config import DistributedConfig, LossConfig, MeshConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class EvalConfig:
     seed: int = 0
     """Decides the samples."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ class ScoreConfig:
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,7 @@ class GenerateConfig:
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,7 @@ class ExportConfig:
     """Fold adapters into the weights of their base, and write a model."""
     step: int | None = None
     """Step of the checkpoint. Default: the last."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import TypedDict
 import jax
 
 from dpojax.command_config import EvalConfig, InitConfig, LossesConfig
+from dpojax.connecting import connect
 from dpojax.data.packing import with_mismatched
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sampled_kl
@@ -83,8 +84,9 @@ def init(config: InitConfig) -> Path:
 
 def evaluate_policy(config: EvalConfig) -> dict[str, float]:
     """Loss, accuracy, margins and KL of a policy, each with its standard error."""
+    connect(config.distributed)
     loss = make_configured_loss(config.loss)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     if config.batch_size < 1 or config.kl_samples < 0:
         raise ValueError(
             f"batch_size is {config.batch_size} and kl_samples {config.kl_samples}; "

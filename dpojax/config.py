@@ -38,7 +38,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How devices share the work; the product is their number."""
+    """How devices share the work; the product is their number, slices divide data."""
 
     data: int = -1
     """Copies of the model, each with its own rows; -1: all devices that are left."""
@@ -46,6 +46,22 @@ class MeshConfig:
     """Devices that share one copy's parameters, each with its own rows."""
     tensor: int = 1
     """Devices that share each matrix product."""
+    expert: int = 1
+    """Devices that divide a copy's experts among them, each with its own rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """The processes of a run: the same command on every host."""
+
+    method: Annotated[str, tyro.conf.arg(name="")] = "none"
+    """none, auto (as JAX finds them), mpi4py, or HOST:PORT of process 0."""
+    num_processes: Annotated[
+        int | None, tyro.conf.arg(aliases=("--num-processes",))
+    ] = None
+    """With HOST:PORT: how many there are. Default: JAX_NUM_PROCESSES."""
+    process: Annotated[int | None, tyro.conf.arg(aliases=("--process",))] = None
+    """With HOST:PORT: which of them this is, from 0. Default: JAX_PROCESS_ID."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,3 +240,4 @@ class TrainConfig:
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)

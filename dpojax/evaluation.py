@@ -12,6 +12,7 @@ from dpojax.data.loader import evaluation_batches
 from dpojax.data.packing import Example, bucket_length
 from dpojax.generate import Watch, make_generate, pad_left, trim
 from dpojax.loading import Loaded
+from dpojax.processes import gathered
 from dpojax.progress import track
 from dpojax.sharding import Placement
 from dpojax.spread import Spread
@@ -91,7 +92,7 @@ def make_sampler(
                 key = jax.random.fold_in(jax.random.key(seed), start * num_samples)
                 watch = _make_watch(settle, some, num_samples)
                 found = generate(params, tokens, is_prompt, key, watch)
-                rows = jax.device_get(found)
+                rows = gathered(found)
                 wanted = rows[: len(some) * num_samples]
                 completions += [trim(row, loaded.eos_token) for row in wanted]
                 advance("")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dpojax.checkpoint import Checkpoints
 from dpojax.command_config import ExportConfig
+from dpojax.connecting import connect
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.loading import load_model, load_reward_model, new_directory
 from dpojax.models.decoder import Model, make_model
@@ -26,6 +27,7 @@ from dpojax.models.lora import graft, merge_adapters, split_adapters
 from dpojax.models.peft import has_score, is_adapter, read_base_name, shape_by_targets
 from dpojax.placing import Keeping
 from dpojax.policy import write_trained
+from dpojax.processes import decided_by_first
 from dpojax.progress import say
 from dpojax.sharding import as_shardings, make_mesh
 
@@ -50,7 +52,9 @@ def export(config: ExportConfig) -> Path:
     Raises:
       ValueError: if there is nothing to export, or nothing to merge.
     """
-    output, source = new_directory(config.output), Path(config.run)
+    connect(config.distributed)
+    output = Path(decided_by_first(lambda: str(new_directory(config.output))))
+    source = Path(config.run)
     # Over all devices: what trained sharded need not fit on one of them.
     mesh = make_mesh(data=1, fsdp=-1)
     if is_adapter(source):

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.log_probs import logits_of
+from dpojax.processes import gathered
 from dpojax.truncation import EVERY_TOKEN, Choose, Truncation, make_choose
 
 Params = Any
@@ -113,7 +114,7 @@ def make_generate(
         for start in range(0, num_new, WATCH_EVERY):
             until = min(start + WATCH_EVERY, num_new)
             progress = decode(params, progress, key, until, stopped)
-            tokens, ended = jax.device_get((progress.tokens, progress.ended))
+            tokens, ended = map(gathered, (progress.tokens, progress.ended))
             stopped = watch(tokens[:, :until])
             if np.all(ended | stopped):
                 break

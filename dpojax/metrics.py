@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dpojax.processes import only_first
 from dpojax.routing import Routing, load_balancing_loss
 
 
@@ -189,16 +190,25 @@ def _pearson(entry: Correlation) -> float:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, in the order of the steps."""
+    """``metrics.jsonl``: one JSON object a line, in the order of the steps.
+
+    Process 0 writes it; in the others its methods do nothing.
+    """
 
     def __init__(self, path: Path, keep_until: int):
         """Opens the file; lines after that step are dropped, since they come again."""
         self.path = path
+        self._forget(keep_until)
+
+    @only_first
+    def _forget(self, keep_until: int) -> None:
+        path = self.path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         lines = text.split("\n")[:-1]  # a line cut short by a crash has no end
         kept = [line for line in lines if json.loads(line)["step"] <= keep_until]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
+    @only_first
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Appends a line; numbers that are not finite become null."""
         finite = {k: v if np.isfinite(v) else None for k, v in values.items()}

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dpojax.expert_shards import make_by_shard
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
@@ -22,9 +23,9 @@ from dpojax.models.quantized import make_quantize
 from dpojax.models.remat import Remat
 from dpojax.sharding import (
     as_shardings,
-    make_by_shard,
     make_by_shard_and_head,
     make_constrain,
+    put_everywhere,
 )
 
 BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
@@ -47,9 +48,16 @@ def make_kept_model(
     """The functions of a model that is kept so.
 
     Raises:
-      ValueError: for experts that would have to be quantised, or a kernel of another
-        kind of machine.
+      ValueError: for experts that would have to be quantised or cannot be divided, or a
+        kernel of another kind of machine.
     """
+    num_experts = 0 if config.experts is None else config.experts.number
+    num_parts = keeping.mesh.shape["expert"]
+    if num_parts > 1 and (num_experts == 0 or num_experts % num_parts):
+        raise ValueError(
+            f"--mesh.expert is {num_parts}, and the model has {num_experts} experts in "
+            "a layer; it must divide them."
+        )
     compute_dtype = jnp.dtype(keeping.compute_dtype or default_dtype())
     base = keeping.base_dtype
     if config.experts is not None and base in ("int8", "nf4"):
@@ -151,7 +159,7 @@ def place_adapters(
     assert model.lora is not None
     shapes = _shapes(model)
     host = read_adapters(directory, model.lora, shapes, model.params, settings)
-    return jax.device_put(host, as_shardings(shapes, mesh))
+    return put_everywhere(host, as_shardings(shapes, mesh))
 
 
 def _shapes(model: Model) -> Params:

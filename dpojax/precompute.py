@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from dpojax.command_config import ReferenceConfig
 from dpojax.config import TrainConfig
+from dpojax.connecting import connect
 from dpojax.data.packing import Example
 from dpojax.loading import Loaded, check_positions, load_reference, weight_files
 from dpojax.models.kernels import choose_kernel
@@ -27,9 +28,10 @@ from dpojax.prepare import (
     load_split,
     make_configured_loss,
 )
+from dpojax.processes import from_first, is_first
 from dpojax.reference import Params
 from dpojax.reference_cache import Cache, default_root, find_cache, hash_files
-from dpojax.reference_pass import from_first, make_reference_step, with_reference
+from dpojax.reference_pass import make_reference_step, with_reference
 from dpojax.reference_setting import named_reference
 from dpojax.sharding import make_mesh, make_placement
 
@@ -46,8 +48,9 @@ def reference(config: ReferenceConfig) -> Path:
     name = named_reference(config.reference).model
     spelled = "precomputed" if name is None else f"precomputed:{name}"
     config = replace(config, reference=spelled)
+    connect(config.distributed)
     loss = make_configured_loss(config.loss)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     check_training(config, loss)
     loaded = load_policy(config, loss, mesh)
     check_positions(loaded, config.max_length)
@@ -113,7 +116,7 @@ def _hash_weights(config: TrainConfig, loaded: Loaded) -> str:
         name = loaded.base if config.lora.rank is not None else config.model
     assert name is not None
     digest = np.zeros(32, np.uint8)
-    if jax.process_index() == 0:
+    if is_first():
         digest = np.frombuffer(hash_files(weight_files(name)), np.uint8)
     return from_first(digest).tobytes().hex()
 

@@ -31,11 +31,19 @@ def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
         TextColumn("{task.fields[figures]}"),
     )
     bars = Progress(
-        *columns, console=CONSOLE, disable=not CONSOLE.is_terminal, transient=True
+        *columns,
+        console=CONSOLE,
+        disable=CONSOLE.quiet or not CONSOLE.is_terminal,
+        transient=True,
     )
     with bars:
         task = bars.add_task(description, total=total, completed=done, figures="")
         yield lambda figures: bars.update(task, advance=1, figures=figures)
+
+
+def be_quiet() -> None:
+    """From now on nothing is shown: another process shows the same."""
+    CONSOLE.quiet = True
 
 
 def say(text: str) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -19,6 +18,7 @@ from dpojax.batch import Batch
 from dpojax.data.loader import packed_batches
 from dpojax.data.packing import Example, most_completions
 from dpojax.measure import Apply, Params, make_measure
+from dpojax.processes import from_first, is_first
 from dpojax.progress import say, track
 from dpojax.reference_cache import (
     Cache,
@@ -106,7 +106,7 @@ def with_reference(
         )
         for places, found in _in_files(parts, per_file):
             numbers[missing[places], : found.shape[1]] = found
-            if jax.process_index() == 0:
+            if is_first():
                 write_chunk(cache, [ids[missing[place]] for place in places], found)
     found = dict(zip(distinct, numbers, strict=True))
     return [
@@ -142,18 +142,11 @@ def compute_numbers(
             advance("")
 
 
-def from_first(array: np.ndarray) -> np.ndarray:
-    """What process 0 has, in every process."""
-    if jax.process_count() == 1:
-        return array
-    return np.array(multihost_utils.broadcast_one_to_all(array))
-
-
 def _look_up(distinct: dict[bytes, Example], cache: Cache) -> np.ndarray:
     """Numbers by example, completion and kind; not a number where there are none."""
     shape = (len(distinct), most_completions([*distinct.values()]), 2)
     numbers = np.full(shape, np.nan, np.float32)
-    if jax.process_index() == 0:
+    if is_first():
         known = read_cache(cache)
         for place, (key, example) in enumerate(distinct.items()):
             if key in known:

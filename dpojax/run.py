@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from dpojax import metrics
 from dpojax.batch import Batch
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
-from dpojax.data.loader import fingerprint, training_batches
-from dpojax.data.packing import Example, with_mismatched
+from dpojax.connecting import connect
+from dpojax.data.loader import counted_batches, fingerprint
+from dpojax.data.packing import Example, OwnRows, every_row, with_mismatched
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
 from dpojax.fitting import check_memory, fit
 from dpojax.loading import Loaded, as_reward_examples, check_positions
@@ -28,17 +28,17 @@ from dpojax.prepare import (
     load_split,
     make_configured_loss,
 )
+from dpojax.processes import check_same, is_preempted
 from dpojax.progress import say, track
 from dpojax.reference import Params
 from dpojax.reference_setting import named_reference
 from dpojax.resume import abstract, check_note, make_note
-from dpojax.run_directory import choose_directory, write_frame, write_samples
+from dpojax.run_directory import begin_directory, choose_directory, write_samples
 from dpojax.run_log import figures_line, num_parameters, summary
 from dpojax.sharding import (
     Placement,
     make_mesh,
     make_placement,
-    num_row_shards,
     put_ahead,
 )
 from dpojax.spread import Spread
@@ -72,8 +72,9 @@ def run(config: TrainConfig) -> Result:
       FloatingPointError: naming the step whose loss or gradient was not finite.
     """
     # -- Settings that cannot work ----------------------------------------------------
+    connect(config.distributed)
     loss = make_configured_loss(config.loss)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     check_training(config, loss)
     memory = check_memory(config, loss)
     directory = choose_directory(config)
@@ -109,17 +110,22 @@ def run(config: TrainConfig) -> Result:
     if stop > num_steps:
         raise ValueError(f"stop_after is {stop}, but the run has {num_steps} steps.")
 
-    def batches_of(start: int, stop: int, num_microbatches: int) -> Iterator[Batch]:
-        return training_batches(
+    placement = make_placement(mesh)
+
+    def batches_of(
+        start: int, stop: int, num_microbatches: int, own_rows: OwnRows = every_row
+    ) -> Iterator[tuple[int, Batch]]:
+        return counted_batches(
             train,
             batch_size=config.batch_size,
             num_seen=num_seen,
             seed=config.seed,
             start=start,
             stop=stop,
-            row_multiple=num_microbatches * num_row_shards(mesh),
+            row_multiple=num_microbatches * placement.num_shards,
             row_length=config.row_length,
             mismatch_within=mismatch_within,
+            own_rows=own_rows,
         )
 
     if memory is not None:
@@ -131,7 +137,7 @@ def run(config: TrainConfig) -> Result:
             mesh,
             num_steps=num_steps,
             limit=memory,
-            first_batch=lambda num_parts: next(batches_of(0, 1, num_parts)),
+            first_batch=lambda num_parts: next(batches_of(0, 1, num_parts))[1],
         )
         loaded = computed(loaded, config, mesh)
     training = make_training(config, loss, loaded, policy, mesh, num_steps)
@@ -140,9 +146,10 @@ def run(config: TrainConfig) -> Result:
     # -- Resume: the state first, then what depends on its step -----------------------
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
     note = make_note(config, fingerprint(train), num_seen, identity)
+    check_same(note, "start every process with the same settings and data")
     step = checkpoints.steps[-1] if config.resume and checkpoints.steps else 0
     if step == 0:  # only now: what was refused above leaves no directory behind
-        write_frame(directory, config, loaded)
+        begin_directory(directory, config, loaded)
     first: dict[str, float] = {}
     last, last_at = first, -1  # the newest evaluation and its step
     if step:
@@ -165,7 +172,6 @@ def run(config: TrainConfig) -> Result:
         spread=Spread(mesh),
     )
 
-    placement = make_placement(mesh)
     sampled = _make_sample_writer(config, loss, loaded, test, placement, directory)
 
     def evaluated(step: int) -> dict[str, float]:
@@ -199,14 +205,19 @@ def run(config: TrainConfig) -> Result:
             say(figures_line(f"train step {step}", values))
 
     steps = StepLog(logged)
-    batches = batches_of(step, stop, config.microbatches)
+    batches = batches_of(step, stop, config.microbatches, placement.own_rows)
+
+    def put_own(counted: tuple[int, Batch]) -> Batch:
+        return placement.put_own(counted[1])
+
     bar = track("Training", total=num_steps, done=step)
     with closing(checkpoints), bar as advance:
-        for batch, placed in put_ahead(batches, placement.put):
+        for (num_tokens, _), placed in put_ahead(batches, put_own):
             state, sums = training.step(state, training.frozen, placed)
             steps.catch_up()  # with an interval that ended before this step
             step += 1
-            steps.add(step, sums, int(np.count_nonzero(batch.example)))
+            steps.add(step, sums, num_tokens)
+            preempted = is_preempted(step)
             due = {
                 name: step == stop or step % every == 0
                 for name, every in (
@@ -215,6 +226,7 @@ def run(config: TrainConfig) -> Result:
                     ("save", config.save_every),
                 )
             }
+            due["save"] = due["save"] or preempted
             if any(due.values()):
                 steps.end_interval()
             if due["evaluate"] or due["save"]:
@@ -227,6 +239,8 @@ def run(config: TrainConfig) -> Result:
                     checkpoints.save(step, state, note | newest, best_by)
                 steps.restart()
             advance(figures_line("", steps.latest))
+            if preempted:
+                break
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:

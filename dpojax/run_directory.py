@@ -17,21 +17,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dpojax.config import TrainConfig
+import jax
+
+from dpojax.config import DistributedConfig, TrainConfig
 from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded, new_directory
 from dpojax.models.huggingface import write_settings
 from dpojax.models.peft import write_config
+from dpojax.processes import decided_by_first, only_first, wait_for_all
 from dpojax.whole_files import write_json_lines
 
 
 def choose_directory(config: TrainConfig) -> Path:
     """The directory of a new run, not made yet, or of the one to resume.
 
+    Process 0 decides: the others might come after it has made it, or a second later.
+
     Raises:
       ValueError: if a new run would write where something is, or there is none to
         resume.
     """
+    return Path(decided_by_first(lambda: str(_choose(config))))
+
+
+def _choose(config: TrainConfig) -> Path:
     if config.resume:
         if config.output is None or not (Path(config.output) / "config.py").is_file():
             raise ValueError("--resume needs the --output of a run that has started.")
@@ -45,8 +54,24 @@ def default_name(kind: str) -> str:
     return f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
-    """Begins a run's directory: the model but its weights, then the configuration."""
+def begin_directory(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
+    """Begins a run's directory, and looks whether all processes see it.
+
+    Raises:
+      ValueError: if they do not share a file system.
+    """
+    _write_frame(directory, config, loaded)
+    wait_for_all(f"began {directory}")
+    if not (directory / "config.py").is_file():
+        raise ValueError(
+            f"What process 0 writes to {directory} is not seen by process "
+            f"{jax.process_index()}; give an --output on a file system that all share."
+        )
+
+
+@only_first
+def _write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
+    """The model but its weights, then the configuration."""
     frame = directory / "model"
     frame.mkdir(parents=True, exist_ok=True)
     write_settings(frame, loaded.settings, "float32", loaded.generation_settings)
@@ -54,16 +79,19 @@ def write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
     if model.lora is not None:
         write_config(frame, model.lora, model.params, loaded.settings, loaded.base)
     loaded.tokenizer.save_pretrained(frame)
-    again = replace(config, output=None, stop_after=None)
+    again = replace(
+        config, output=None, stop_after=None, distributed=DistributedConfig()
+    )
     text = (
         '"""The configuration of a run; `dpojax train` with it repeats the run."""\n\n'
-        "from dpojax.config import LoraConfig, LossConfig, MeshConfig, "
-        "MovingConfig, OptimizerConfig, TrainConfig\n\n\n"
+        "from dpojax.config import DistributedConfig, LoraConfig, LossConfig, "
+        "MeshConfig, MovingConfig, OptimizerConfig, TrainConfig\n\n\n"
         f"def config() -> TrainConfig:\n    return {again!r}\n"
     )
     (directory / "config.py").write_text(text, encoding="utf-8")
 
 
+@only_first
 def write_samples(
     directory: Path,
     step: int,

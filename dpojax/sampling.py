@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dpojax.command_config import GenerateConfig
 from dpojax.completions import cut_at, decode_completion, make_settle
+from dpojax.connecting import connect
 from dpojax.data.fields import Text
 from dpojax.data.prompt_files import read_prompts
 from dpojax.data.tokenize import encode_prompt
@@ -41,9 +42,10 @@ def generate(config: GenerateConfig) -> list[Continued]:
         loaded; for prompts that cannot be read or exceed the model's positions.
     """
     _check(config)
+    connect(config.distributed)
     output = None if config.output is None else new_file(config.output)
     prompts = _prompts(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     loaded = load_model(config.model, Keeping(mesh, config.compute_dtype))
     ids = [encode_prompt(prompt, loaded.tokenizer) for prompt in prompts]
     remedy = "lower --max-new-tokens, or give shorter prompts"

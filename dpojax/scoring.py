@@ -16,6 +16,7 @@ import numpy as np
 from dpojax import metrics
 from dpojax.batch import Batch
 from dpojax.command_config import ScoreConfig
+from dpojax.connecting import connect
 from dpojax.data.loader import packed_batches
 from dpojax.data.packing import Example
 from dpojax.data.records import Record, read_records
@@ -27,6 +28,7 @@ from dpojax.loading import (
     load_reward_model,
 )
 from dpojax.placing import Keeping
+from dpojax.processes import gathered
 from dpojax.progress import say, show_table, track
 from dpojax.rewards import completion_rewards
 from dpojax.sharding import Placement, make_mesh, make_placement
@@ -39,10 +41,11 @@ Scored = tuple[Record, tuple[float, ...]]
 
 def score(config: ScoreConfig) -> Path:
     """Scores every completion of the data; of pairs, says how well they are ranked."""
+    connect(config.distributed)
     output = new_file(config.output)
     if config.batch_size < 1:
         raise ValueError(f"batch_size is {config.batch_size}; it must be positive.")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     loaded = load_reward_model(config.model, Keeping(mesh, config.compute_dtype))
     check_positions(loaded, config.max_length)
     records = _read(config)
@@ -94,7 +97,7 @@ def score_examples(
     scores: list[tuple[float, ...]] = [()] * len(examples)
     with track("Scoring", total=-(-len(examples) // batch_size)) as advance:
         for rows, batch in packed_batches(examples, batch_size, placement.num_shards):
-            rewards = jax.device_get(step(params, placement.put(batch)))
+            rewards = gathered(step(params, placement.put(batch)))
             for row, places in enumerate(rows):
                 for slot, place in enumerate(places):
                     count = len(examples[place].completions)

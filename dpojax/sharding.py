@@ -7,24 +7,29 @@ whose paths end in those of the parameters.
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dpojax.slices import Devices, arrange
+
 Batch = TypeVar("Batch")
-AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))  # rows of a batch, and of activations
+Placed = TypeVar("Placed")
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = PartitionSpec(("data", "fsdp", "expert"))  # of a batch, and of activations
 
 # First match wins; a dimension that its axes do not divide stays whole.
 RULES = (
     (r"score/embedding$", PartitionSpec()),  # one row: not worth gathering
     (r"embedding$", PartitionSpec("tensor", "fsdp")),
-    # Every device has a part of every expert; a router is too small to be gathered.
-    (r"experts/(gate|up)/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),
-    (r"experts/down/kernel$", PartitionSpec(None, None, "tensor", "fsdp")),
+    # But for `expert`, every device has a part of every expert. A router is too small
+    # to be gathered; what else there is beside experts, devices of `expert` copy.
+    (r"experts/(gate|up)/kernel$", PartitionSpec(None, "expert", "fsdp", "tensor")),
+    (r"experts/down/kernel$", PartitionSpec(None, "expert", "tensor", "fsdp")),
     (r"(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
     (r"(output|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"(query|key|value|gate|up)/lora/a$", PartitionSpec(None, "fsdp", None)),
@@ -36,29 +41,50 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    expert: int = 1,
+    devices: Devices | None = None,
+) -> Mesh:
     """A mesh over all devices.
 
     Args:
-      data: copies of the model that see different rows.
+      data: copies of the model that see different rows; slices share no copy.
       fsdp: devices that share one copy's parameters and see different rows.
       tensor: devices that share each matrix product.
+      expert: devices that share a copy's experts, each with whole ones, and see
+        different rows.
       One of them may be -1: what is left of the devices.
+      devices: others than those that are there.
 
     Raises:
-      ValueError: if the product is not the number of devices.
+      ValueError: if the product is not the number of devices, or slices do not divide
+        `data`.
     """
-    sizes, num_devices = [data, fsdp, tensor], jax.device_count()
-    if sizes.count(-1) == 1:
-        known = max(1, -data * fsdp * tensor)
-        sizes[sizes.index(-1)] = max(1, num_devices // known)
-    product = sizes[0] * sizes[1] * sizes[2]
-    if min(sizes) < 1 or product != num_devices:
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, tensor, expert, num_devices=len(devices))
+    placed = arrange([sizes[name] for name in AXES], devices)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(
+    data: int, fsdp: int, tensor: int, expert: int, *, num_devices: int
+) -> dict[str, int]:
+    """The sizes of `make_mesh`'s axes by their names, none of them -1."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}
+    unknown = [name for name, size in sizes.items() if size == -1]
+    if len(unknown) == 1:
+        known = max(1, -prod(sizes.values()))
+        sizes[unknown[0]] = max(1, num_devices // known)
+    if min(sizes.values()) < 1 or prod(sizes.values()) != num_devices:
+        given = f"data={data}, fsdp={fsdp}, tensor={tensor}, expert={expert}"
         raise ValueError(
-            f"The mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit "
-            f"{num_devices} devices; their product must be that number."
+            f"The mesh {given} does not fit {num_devices} devices; their product must "
+            "be that number."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return sizes
 
 
 def as_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -87,41 +113,71 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
+def put_everywhere(tree: Any, shardings: Any) -> Any:
+    """Puts arrays that every process has whole onto devices of all of them.
+
+    Not device_put: between processes it would wait for the devices, to compare what
+    each of them was given.
+    """
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
+
+
 class Placement(NamedTuple):
     """How rows reach the devices."""
 
     put: Callable[[Any], Any]  # host arrays, rows first, to sharded ones
+    put_own: Callable[[Any], Any]  # the same, of arrays of `own_rows` alone
+    # Of so many rows, those that are on devices of this process.
+    own_rows: Callable[[int], np.ndarray]
     num_shards: int  # ways in which rows are divided; their number is a multiple
     mesh: Mesh
 
 
 def make_placement(mesh: Mesh) -> Placement:
     """Rows over all devices of a mesh that see different ones."""
-    sharding = rows_sharding(mesh)
+    sharding, num_shards = rows_sharding(mesh), num_row_shards(mesh)
+    # The shards that this process has; any of them may be on several devices.
+    indices = sharding.addressable_devices_indices_map((num_shards,)).values()
+    own = sorted({index[0].start or 0 for index in indices if index is not None})
+
+    def own_rows(num_rows: int) -> np.ndarray:
+        return np.arange(num_rows).reshape(num_shards, -1)[own].reshape(-1)
 
     def put(rows: Any) -> Any:
-        # Not device_put: between processes it would wait for the devices, to compare
-        # what each of them was given.
-        return jax.tree.map(
-            lambda array: jax.make_array_from_callback(
-                array.shape, sharding, array.__getitem__
-            ),
-            rows,
-        )
+        return put_everywhere(rows, jax.tree.map(lambda _: sharding, rows))
 
-    return Placement(put, num_row_shards(mesh), mesh)
+    def put_own(rows: Any) -> Any:
+        def place(array: np.ndarray) -> jax.Array:
+            parts = dict(zip(own, np.split(array, len(own)), strict=True))
+            num_rows = len(array) * num_shards // len(own)
+
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None  # it would be for a device of another process
+                first = index[0].start or 0
+                return parts[first * num_shards // num_rows]
+
+            shape = (num_rows, *array.shape[1:])
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        return jax.tree.map(place, rows)
+
+    return Placement(put, put_own, own_rows, num_shards, mesh)
 
 
 def put_ahead(
-    batches: Iterable[Batch], put: Callable[[Batch], Batch]
-) -> Iterator[tuple[Batch, Batch]]:
+    batches: Iterable[Batch], put: Callable[[Batch], Placed]
+) -> Iterator[tuple[Batch, Placed]]:
     """Each batch on the host and on the devices, where the next one is on its way.
 
     Args:
       batches: rows on the host.
       put: sends them off to the devices, and does not wait for their arrival.
     """
-    waiting: list[tuple[Batch, Batch]] = []
+    waiting: list[tuple[Batch, Placed]] = []
     for batch in batches:
         waiting.append((batch, put(batch)))
         if len(waiting) == 2:
@@ -131,31 +187,7 @@ def put_ahead(
 
 def num_row_shards(mesh: Mesh) -> int:
     """How many ways the rows of a batch are divided."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def make_by_shard(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes functions of weights and rows be computed by each shard of rows for itself.
-
-    What is sorted or grouped inside, no token leaves its device for it. The function
-    takes weights, gathered whole but for ``tensor``, and arrays whose rows come first;
-    it returns such arrays.
-    """
-    axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
-    rows = PartitionSpec(axes)
-
-    def by_shard(function: Callable[..., Any]) -> Callable[..., Any]:
-        if not axes:
-            return function
-        return jax.shard_map(
-            lambda weights, arrays: function(_spread(weights, axes), arrays),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), rows),
-            out_specs=rows,
-            axis_names=set(axes),
-        )
-
-    return by_shard
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def make_by_shard_and_head(
@@ -191,30 +223,6 @@ def make_by_shard_and_head(
         return function if mesh.size == 1 else call
 
     return by_shard
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _spread(weights: Any, axes: tuple[str, ...]) -> Any:
-    """Weights as each shard's own; their gradients are summed in float32.
-
-    In bfloat16 the sum over many shards would be inexact, and XLA's compiler for CPUs
-    ends the process over it.
-    """
-    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), weights)
-
-
-def _spread_forward(weights: Any, axes: tuple[str, ...]) -> tuple[Any, None]:
-    return _spread(weights, axes), None
-
-
-def _spread_backward(axes: tuple[str, ...], _: None, slopes: Any) -> tuple[Any]:
-    def total(slope: jax.Array) -> jax.Array:
-        return jax.lax.psum(slope.astype(jnp.float32), axes).astype(slope.dtype)
-
-    return (jax.tree.map(total, slopes),)
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
 
 
 def make_constrain(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:

@@ -11,21 +11,27 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from dpojax.processes import decided_by_first, only_first
+
 
 def new_file(name: str) -> Path:
-    """Refuses a file that exists.
+    """Refuses a file that exists; process 0 looks.
 
     Raises:
       ValueError: if something of that name is there.
     """
-    path = Path(name)
-    if path.exists():
-        raise ValueError(f"{path} already exists; choose another --output.")
-    return path
+
+    def look() -> str:
+        if Path(name).exists():
+            raise ValueError(f"{name} already exists; choose another --output.")
+        return name
+
+    return Path(decided_by_first(look))
 
 
+@only_first
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line, in place of what the file held.
+    """Writes one JSON object a line, in place of what the file held; process 0 does.
 
     The text goes to a file beside it, named ``.unfinished``, which then takes its name:
     whoever reads never sees a part, even if writing is cut off.

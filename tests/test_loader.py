@@ -1,10 +1,14 @@
 """Batches as a function of seed and step. Knows no text and no model."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import pytest
 
 from dpojax.batch import Batch
 from dpojax.data.loader import (
+    counted_batches,
     evaluation_batches,
     fingerprint,
     packed_batches,
@@ -52,6 +56,31 @@ def test_a_run_that_starts_later_gets_the_same_batches(
     examples: list[Example], start: int
 ):
     assert_equal(batches(examples)[start:], batches(examples, start=start))
+
+
+def test_the_rows_of_several_processes_make_the_whole_batch(examples: list[Example]):
+    """Of four processes the last has rows of padding alone at times."""
+    known = [
+        one._replace(reference=(-1.0, -2.0), reference_prefix=(-0.5, -1.5))
+        for one in examples
+    ]
+    settings: dict[str, Any] = {"batch_size": 4, "num_seen": 10, "seed": 0}
+    settings |= {"start": 0, "stop": 3, "row_multiple": 4}
+
+    def part_of(process: int) -> list[tuple[int, Batch]]:
+        def own_rows(num_rows: int) -> Iterable[int]:
+            return np.arange(num_rows).reshape(4, -1)[process]
+
+        return list(counted_batches(known, own_rows=own_rows, **settings))
+
+    wholes = list(training_batches(known, **settings))
+    parts = [part_of(process) for process in range(4)]
+    for whole, *counted in zip(wholes, *parts, strict=True):
+        counts, own = zip(*counted, strict=True)
+        assert set(counts) == {np.count_nonzero(whole.example)}
+        joined = Batch(*map(np.concatenate, zip(*own, strict=True)))
+        assert_equal([joined], [whole])
+    assert any(not batch.example.any() for part in parts for _, batch in part)
 
 
 def test_a_run_that_stops_earlier_gets_the_same_batches(examples: list[Example]):

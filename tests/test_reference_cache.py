@@ -42,7 +42,7 @@ from dpojax.reference import copy_params
 from dpojax.reference_cache import Cache, find_cache, hash_example, read_cache
 from dpojax.reference_pass import make_reference_step, with_reference
 from dpojax.run import run
-from dpojax.sharding import Placement, make_mesh, make_placement
+from dpojax.sharding import make_mesh, make_placement
 from dpojax.train_step import init_state, make_train_step
 
 
@@ -298,7 +298,9 @@ def fill(examples: list[Example], cache: Cache, step: Any = stand_in) -> int:
 
     how: Any = {
         "batch_size": 4,
-        "placement": Placement(lambda batch: batch, 2, make_mesh()),
+        "placement": make_placement(make_mesh())._replace(
+            put=lambda batch: batch, num_shards=2
+        ),
     }
     found = with_reference(examples, counted, lambda: None, cache, per_file=8, **how)
     for one in found:

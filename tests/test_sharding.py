@@ -1,9 +1,11 @@
 """The mesh, and the sharding of a decoder's parameters. Moves next to nothing."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -18,6 +20,7 @@ from dpojax.sharding import (
     num_row_shards,
     rows_sharding,
 )
+from dpojax.slices import arrange
 
 
 def make_params(width: int = 32, vocabulary_size: int = 64, **fields: Any) -> Any:
@@ -47,19 +50,20 @@ def as_specs(tree: Any, mesh: jax.sharding.Mesh) -> dict[str, P]:
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ({}, (4, 1, 1)),
-        ({"data": 2, "fsdp": -1}, (2, 2, 1)),
-        ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 2)),
-        ({"data": -1, "tensor": 4}, (1, 1, 4)),
-        ({"data": 1, "fsdp": 4}, (1, 4, 1)),
+        ({}, (4, 1, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 2, 1, 1)),
+        ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 1, 2)),
+        ({"data": -1, "tensor": 4}, (1, 1, 1, 4)),
+        ({"data": 1, "fsdp": 4}, (1, 4, 1, 1)),
+        ({"expert": 2}, (2, 1, 2, 1)),
     ],
 )
 def test_one_size_may_be_what_is_left_of_the_devices(
-    sizes: dict[str, int], expected: tuple[int, int, int]
+    sizes: dict[str, Any], expected: tuple[int, int, int, int]
 ):
     mesh = make_mesh(**sizes)
     assert tuple(mesh.shape.values()) == expected
-    assert num_row_shards(mesh) == expected[0] * expected[1]
+    assert num_row_shards(mesh) == 4 // expected[3]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,7 @@ def test_one_size_may_be_what_is_left_of_the_devices(
         {"data": -2, "fsdp": -2},
     ],
 )
-def test_sizes_that_do_not_fit_the_devices_are_refused(sizes: dict[str, int]):
+def test_sizes_that_do_not_fit_the_devices_are_refused(sizes: dict[str, Any]):
     with pytest.raises(ValueError, match="does not fit 4 devices"):
         make_mesh(**sizes)
 
@@ -114,9 +118,9 @@ def test_every_device_has_a_part_of_every_expert():
     }
     assert experts == {
         "router/kernel": P(),
-        "gate/kernel": P(None, None, "fsdp", "tensor"),
-        "up/kernel": P(None, None, "fsdp", "tensor"),
-        "down/kernel": P(None, None, "tensor", "fsdp"),
+        "gate/kernel": P(None, "expert", "fsdp", "tensor"),
+        "up/kernel": P(None, "expert", "fsdp", "tensor"),
+        "down/kernel": P(None, "expert", "tensor", "fsdp"),
     }
 
 
@@ -163,6 +167,45 @@ def test_the_state_of_the_optimizer_is_sharded_like_its_parameters():
     assert shardings[0].mu == wanted
     assert shardings[0].nu == wanted
     assert shardings[0].count.spec == P()
+
+
+@dataclass(frozen=True)
+class FakeChip:
+    """What of a TPU's device decides where it goes in a mesh."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def test_slices_share_no_copy_of_the_model():
+    chips: Any = [
+        FakeChip(4 * part + x + 2 * y, part, (x, y, 0))
+        for part in (0, 1)
+        for x, y in ((0, 0), (1, 0), (0, 1), (1, 1))
+    ]
+    for sizes in ((2, 2, 1, 2), (2, 4, 1, 1), (4, 2, 1, 1)):
+        placed = arrange(sizes, chips[::-1])
+        halves = placed.reshape(2, -1)
+        for part, half in enumerate(halves):
+            assert {chip.slice_index for chip in half} == {part}
+        assert {chip.id for chip in placed.flat} == set(range(8))
+    with pytest.raises(ValueError, match="in 2 slices.* --mesh.data is 1 and must"):
+        arrange((1, 8, 1, 1), chips)
+
+
+def test_own_rows_are_placed_as_whole_batches_are():
+    placement = make_placement(make_mesh(data=2, tensor=2))
+    rows = np.arange(24).reshape(8, 3)
+    own = placement.own_rows(8)
+    assert own.tolist() == list(range(8))  # a process that is alone has all of them
+    whole, parts = placement.put(rows), placement.put_own(rows[own])
+    assert whole.sharding == parts.sharding
+    np.testing.assert_array_equal(whole, parts)
 
 
 def test_rows_are_placed_over_data_and_fsdp():

@@ -7,6 +7,7 @@ needs nothing else. This file knows neither text nor devices.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -15,7 +16,9 @@ from dpojax.batch import Batch
 from dpojax.data.order import WINDOW, make_order
 from dpojax.data.packing import (
     Example,
+    OwnRows,
     as_batch,
+    every_row,
     most_completions,
     pack,
     row_lengths,
@@ -33,7 +36,13 @@ from dpojax.data.plan import (
 _SEEN_FIRST, _MOST_BATCHES = 4_096, 32
 
 
-def training_batches(
+def training_batches(examples: Sequence[Example], **settings: Any) -> Iterator[Batch]:
+    """The batches of `counted_batches`, which takes the same, without their counts."""
+    for _, batch in counted_batches(examples, **settings):
+        yield batch
+
+
+def counted_batches(
     examples: Sequence[Example],
     *,
     batch_size: int,
@@ -45,8 +54,11 @@ def training_batches(
     row_length: int | None = None,
     window: int = WINDOW,
     mismatch_within: int | None = None,
-) -> Iterator[Batch]:
+    own_rows: OwnRows = every_row,
+) -> Iterator[tuple[int, Batch]]:
     """The batches of the steps ``start, ..., stop - 1``, prepared in the background.
+
+    Every process plans all rows, by their lengths alone, and lays out its own.
 
     Args:
       examples: the whole data set.
@@ -60,6 +72,10 @@ def training_batches(
       window: about so many examples are dealt to batches at one time.
       mismatch_within: given, each example gets another completion of its batch as its
         second, which may have so many tokens with the prompt.
+      own_rows: which rows of a batch are laid out here.
+
+    Yields:
+      How many tokens a whole batch has, and the rows of it that are laid out here.
 
     Raises:
       ValueError: if an example does not fit into a row.
@@ -84,9 +100,13 @@ def training_batches(
         row_multiple=row_multiple,
         row_length=row_length,
     )
-    steps = grain.MapDataset.range(start, stop).map(
-        lambda step: pack(examples_of(step), shape, num_completions)
-    )
+
+    def make(step: int) -> tuple[int, Batch]:
+        batch = examples_of(step)
+        num_tokens = int(row_lengths(batch).sum())
+        return num_tokens, pack(batch, shape, num_completions, own_rows)
+
+    steps = grain.MapDataset.range(start, stop).map(make)
     return iter(steps.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4)))
 
 

@@ -3,7 +3,7 @@
 This file knows neither text nor where examples come from, nor why they share a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,8 @@ from dpojax.batch import Batch
 from dpojax.data.plan import Lengths, Shape, fill_shape
 
 Tokens = Int[np.ndarray, " tokens"]
+# Of so many rows of a batch, the numbers of those that are needed here.
+OwnRows = Callable[[int], Iterable[int]]
 
 
 class Example(NamedTuple):
@@ -27,6 +29,11 @@ class Example(NamedTuple):
     # Of each completion, where they are known beforehand: see `Batch.reference`.
     reference: tuple[float, ...] | None = None
     reference_prefix: tuple[float, ...] | None = None
+
+
+def every_row(num_rows: int) -> Iterable[int]:
+    """The `OwnRows` of a process that is alone."""
+    return range(num_rows)
 
 
 def row_length(example: Example) -> int:
@@ -75,7 +82,10 @@ def bucket_length(length: int, smallest: int = 16) -> int:
 
 
 def pack(
-    examples: Sequence[Example], shape: Shape, num_completions: int | None = None
+    examples: Sequence[Example],
+    shape: Shape,
+    num_completions: int | None = None,
+    own_rows: OwnRows = every_row,
 ) -> Batch:
     """Lays examples out in as few rows as they need, of a shape that the run compiles.
 
@@ -84,6 +94,7 @@ def pack(
       shape: of the run; no example is longer than its rows.
       num_completions: the most completions of an example, of the whole data set so that
         all its batches have one shape; by default of these examples.
+      own_rows: which of the rows are laid out, where others are another process's.
     """
     rows, length = fill_shape(row_lengths(examples), shape)
     if num_completions is None:
@@ -93,6 +104,7 @@ def pack(
         length=length,
         num_slots=shape.num_slots,
         num_completions=num_completions,
+        own_rows=own_rows,
     )
 
 
@@ -152,6 +164,7 @@ def as_batch(
     length: int,
     num_slots: int = 1,
     num_completions: int = 2,
+    own_rows: OwnRows = every_row,
 ) -> Batch:
     """Lays examples out in rows.
 
@@ -160,9 +173,10 @@ def as_batch(
       length: positions of a row.
       num_slots: the most examples of a row.
       num_completions: the most completions of an example.
+      own_rows: which of the rows are laid out.
 
     Returns:
-      The batch, as NumPy arrays, int32 and float32.
+      The batch of these rows, as NumPy arrays, int32 and float32.
 
     Raises:
       ValueError: if a row's examples do not fit.
@@ -174,6 +188,8 @@ def as_batch(
                 f"Row {row} holds {len(examples)} examples of {needed} positions; "
                 f"it has {num_slots} slots and {length} positions."
             )
+    is_known = [_are_known(rows, name) for name in ("reference", "reference_prefix")]
+    rows = [rows[row] for row in own_rows(len(rows))]
     laid_out, used = _lay_out(rows)
     arrays = np.zeros((5, len(rows), length), np.int32)
     arrays[:, np.arange(length) < used[:, None]] = laid_out
@@ -191,27 +207,33 @@ def as_batch(
                 scores[row, slot, : len(packed.scores)] = packed.scores
     wholes = [[packed.reference for packed in some] for some in rows]
     prefixes = [[packed.reference_prefix for packed in some] for some in rows]
-    known = _known_numbers(wholes, lengths), _known_numbers(prefixes, lengths)
+    known = [
+        _known_numbers(numbers, lengths) if are_known else None
+        for numbers, are_known in zip((wholes, prefixes), is_known, strict=True)
+    ]
     sums = (lengths, scores, weights)
     return Batch(tokens, labels, position, example, branch, *sums, *known)
 
 
-def _known_numbers(
-    rows: Sequence[Sequence[tuple[float, ...] | None]], like: np.ndarray
-) -> np.ndarray | None:
-    """Numbers of completions in the places of `like`; None where no example has any.
+def _are_known(rows: Sequence[Sequence[Example]], name: str) -> bool:
+    """Whether examples bring a reference's numbers along.
 
     Raises:
-      ValueError: if some examples have them and others do not.
+      ValueError: if some do and others do not.
     """
-    is_known = [numbers is not None for row in rows for numbers in row]
-    if not any(is_known):
-        return None
-    if not all(is_known):
+    is_known = [example._asdict()[name] is not None for row in rows for example in row]
+    if any(is_known) and not all(is_known):
         raise ValueError(
             f"{sum(is_known)} of {len(is_known)} examples of a batch come with the "
             "reference's log-probabilities; give them for all or for none."
         )
+    return any(is_known)
+
+
+def _known_numbers(
+    rows: Sequence[Sequence[tuple[float, ...] | None]], like: np.ndarray
+) -> np.ndarray:
+    """Numbers of completions in the places of `like`."""
     array = np.zeros(like.shape, np.float32)
     for row, examples in enumerate(rows):
         for slot, numbers in enumerate(examples):

@@ -18,11 +18,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dpojax.batch import Batch
+from dpojax.expert_shards import ByShard, alone
 from dpojax.log_probs import Head, Output
 from dpojax.models.attention import attention
 from dpojax.models.block import Block, Hidden, make_norm
 from dpojax.models.blockwise import blockwise_attention
-from dpojax.models.experts import ByShard, alone
 from dpojax.models.functional import Params, as_function, by_structure
 from dpojax.models.layers import (
     Layer,

@@ -15,17 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dpojax.expert_shards import ByShard, ExpertShard
 from dpojax.models.shape import DecoderConfig, ExpertShape
 from dpojax.routing import Choice
 
 Activation = Callable[[Array], Array]
-# (weights, rows) -> rows, to the same function of each shard of the rows
-ByShard = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The `ByShard` of one shard."""
-    return function
 
 
 class Experts(nnx.Module):
@@ -80,14 +74,19 @@ class Experts(nnx.Module):
         return mixed, Choice(probability, index)
 
     def _choose_and_mix(
-        self, kernels: list[Array], rows: tuple[Array, Array]
+        self, kernels: list[Array], rows: tuple[Array, Array], shard: ExpertShard
     ) -> tuple[Array, Array]:
         hidden, probability = rows
         weight, index = jax.lax.top_k(probability, self.shape.per_token)
         if self.shape.renormalised:
             weight /= jnp.sum(weight, axis=-1, keepdims=True)
-        mixed = mix_experts(kernels, (hidden, weight, index), activate=self.activate)
-        return mixed, index
+        mixed = mix_experts(
+            kernels,
+            shard.gather((hidden, weight, index)),
+            activate=self.activate,
+            first=shard.first(len(kernels[0])),
+        )
+        return shard.scatter(mixed).astype(hidden.dtype), index
 
 
 class Kernel(nnx.Module):
@@ -109,6 +108,7 @@ def mix_experts(
     ],
     *,
     activate: Activation,
+    first: Int[Array, ""] | None = None,
 ) -> Float[Array, "rows length width"]:
     """The weighted sum of what the chosen experts make of each token.
 
@@ -117,23 +117,34 @@ def mix_experts(
         ``[experts, inside, width]``.
       rows: hidden states; the weights of each token's experts; and which those are.
       activate: between the products.
+      first: given, the kernels are those of the experts from this on, and the sum is
+        over these alone.
 
     Returns:
-      In the dtype of the hidden states; the sum is float32.
+      The sum, in float32.
     """
     (gate, up, down), (hidden, weight, index) = kernels, rows
-    chosen = index.reshape(-1)
+    chosen, num_experts = index.reshape(-1), len(gate)
+    if first is not None:  # the others' copies come last, and belong to no group
+        is_own = (chosen >= first) & (chosen < first + num_experts)
+        chosen = jnp.where(is_own, chosen - first, num_experts)
     order = jnp.argsort(chosen)
-    sizes = jnp.bincount(chosen, length=len(gate))
+    sizes = jnp.bincount(chosen, length=num_experts)
     # A copy of each token for each of its experts: so sorting is a permutation, and
     # its gradient one too, without a sum that depends on the order of threads.
     copies = jnp.repeat(hidden.reshape(-1, hidden.shape[-1]), index.shape[-1], axis=0)
     grouped = _permute(copies, order)
+    in_group = (jnp.arange(len(chosen)) < jnp.sum(sizes))[:, None]
+    if first is not None:  # what products make of the rest is not said, nor its slope
+        grouped = jnp.where(in_group, grouped, 0)
     inside = activate(jax.lax.ragged_dot(grouped, gate, sizes))
     inside *= jax.lax.ragged_dot(grouped, up, sizes)
-    outputs = _permute(jax.lax.ragged_dot(inside, down, sizes), jnp.argsort(order))
+    outputs = jax.lax.ragged_dot(inside, down, sizes)
+    if first is not None:
+        outputs = jnp.where(in_group, outputs, 0)
+    outputs = _permute(outputs, jnp.argsort(order))
     outputs = outputs.reshape(*index.shape, -1).astype(jnp.float32)
-    return jnp.sum(outputs * weight[..., None], axis=-2).astype(hidden.dtype)
+    return jnp.sum(outputs * weight[..., None], axis=-2)
 
 
 def _permute(

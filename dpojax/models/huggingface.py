@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from jax.experimental import multihost_utils
 
 from dpojax.models.families import family_of, num_heads_of
 from dpojax.models.functional import Params
@@ -21,6 +20,7 @@ from dpojax.models.read_weights import read_weights
 from dpojax.models.weight_files import find_tensors
 from dpojax.models.weight_places import as_named, as_places, is_place
 from dpojax.models.write_weights import MAX_SHARD_SIZE, as_tensors, write_weights
+from dpojax.processes import is_first, wait_for_all
 from dpojax.whole_files import whole_directory
 
 _SETTINGS = "config.json"
@@ -143,7 +143,7 @@ def write_model(
     """
     places = as_places(params, family_of(settings), num_heads_of(settings))
     tensors = as_tensors(params, places)
-    if jax.process_index() == 0:
+    if is_first():
         with whole_directory(directory) as unfinished:
             write_weights(unfinished, tensors, max_shard_size=max_shard_size)
             dtype = next(iter(tensors.values())).dtype
@@ -151,8 +151,7 @@ def write_model(
             write_tokenizer(unfinished)
     else:
         write_weights(directory, tensors, max_shard_size=max_shard_size)
-    if jax.process_count() > 1:  # nobody reads before the directory is there
-        multihost_utils.sync_global_devices(f"wrote {directory}")
+    wait_for_all(f"wrote {directory}")  # nobody reads before the directory is there
 
 
 def write_settings(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dpojax.expert_shards import ByShard, alone
 from dpojax.models.blockwise import blockwise_attention
-from dpojax.models.experts import ByShard, alone
 from dpojax.models.lora import Lora, LoraShape
 from dpojax.models.quantized import Quantization, QuantizedKernel
 from dpojax.models.remat import Remat

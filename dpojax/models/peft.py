@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -30,7 +29,7 @@ from dpojax.models.functional import Params
 from dpojax.models.json_files import read_object, write_object
 from dpojax.models.lora import LoraShape
 from dpojax.models.weight_files import read_header
-from dpojax.models.write_weights import on_host
+from dpojax.processes import gathered, is_first, wait_for_all
 from dpojax.whole_files import whole_directory
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -205,7 +204,7 @@ def write_adapters(
       base_name: by which the base is found again.
       write_tokenizer: writes the tokenizer's files into a given directory.
     """
-    host = jax.tree.map(on_host, adapters)
+    host = jax.tree.map(gathered, adapters)
     tensors: dict[str, np.ndarray] = {}
     for module in adapted_modules(shape.modules, base, settings):
         for index, name in enumerate(module.names):
@@ -213,13 +212,12 @@ def write_adapters(
                 tensors[_PREFIX + name + _KINDS[kind]] = np.ascontiguousarray(value)
     if "score" in host:
         tensors[_PREFIX + "score.weight"] = host["score"]["embedding"]
-    if jax.process_index() == 0:
+    if is_first():
         with whole_directory(directory) as unfinished:
             save_file(tensors, unfinished / _WEIGHTS, metadata={"format": "pt"})
             write_config(unfinished, shape, base, settings, base_name)
             write_tokenizer(unfinished)
-    if jax.process_count() > 1:  # nobody reads before the directory is there
-        multihost_utils.sync_global_devices(f"wrote {directory}")
+    wait_for_all(f"wrote {directory}")  # nobody reads before the directory is there
 
 
 def write_config(

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
-from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from dpojax.models.functional import Params
 from dpojax.models.json_files import write_object
 from dpojax.models.weight_files import INDEX
 from dpojax.models.weight_places import Place, is_place
+from dpojax.processes import gathered, is_first
 
 # What the hub's own tools divide by.
 MAX_SHARD_SIZE = "5GB"
@@ -94,11 +94,15 @@ def write_weights(
         max_shard_size=max_shard_size,
     )
     for file, names in split.filename_to_tensors.items():
-        values = {name: _gather(tensors[name]) for name in names}
-        if jax.process_index() == 0:
+        values = {}
+        for name in names:
+            gathered_values = _gather(tensors[name])
+            if is_first():
+                values[name] = gathered_values
+        if is_first():
             save_file(values, directory / file, metadata={"format": "pt"})
         del values  # before those of the next file
-    if split.is_sharded and jax.process_index() == 0:
+    if split.is_sharded and is_first():
         total = sum(tensor.num_values for tensor in tensors.values())
         metadata = {"total_parameters": total} | split.metadata
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
@@ -109,17 +113,10 @@ def _gather(tensor: NewTensor) -> np.ndarray:
     """A tensor's values on the host, in one piece of memory as a file needs them."""
     whole = np.empty(tensor.shape, tensor.dtype)
     for array, index, place in tensor.parts:
-        values = on_host(array[index] if index else array)
+        values = gathered(array[index] if index else array)
         where = ... if place.outputs is None else place.stored_index(place.outputs)
         whole[where] = values.T if place.transposed else values
     return whole
-
-
-def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """All values of an array; every process must ask for them."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

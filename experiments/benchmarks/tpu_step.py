@@ -73,8 +73,8 @@ def main() -> None:
             + " --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
         )
     topology = topologies.get_topology_desc(args.topology, platform="tpu")
-    devices = np.array(topology.devices).reshape(1, -1, 1)
-    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = np.array(topology.devices).reshape(1, -1, 1, 1)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     compiled = lower(args, mesh).compile()
     if args.save_hlo:
         args.save_hlo.write_text(compiled.as_text())
