@@ -33,7 +33,7 @@ from dpojax.models.families import as_decoder_config
 from dpojax.models.huggingface import read_params, write_model
 from dpojax.models.shape import DecoderConfig, ExpertShape
 from dpojax.optimizer import make_optimizer, make_schedule
-from dpojax.placing import Keeping
+from dpojax.placing import Keeping, make_kept_model
 from dpojax.reference import copy_params
 from dpojax.routing import Choice, Routing, count_choices, load_balancing_loss
 from dpojax.run import run
@@ -358,6 +358,15 @@ def test_devices_that_share_rows_or_experts_equal_one(
         [balanced[1][name] for name in names],
         5 * tolerance,
     )
+
+
+@pytest.mark.parametrize(
+    "experts", [None, ExpertShape(number=3, per_token=2, width=8, renormalised=True)]
+)
+def test_an_axis_of_experts_that_cannot_be_divided_is_refused(experts: Any):
+    keeping = Keeping(make_mesh(expert=2), None, "none", None, 0.0)
+    with pytest.raises(ValueError, match=r"--mesh\.expert is 2, .* must divide them"):
+        make_kept_model(replace(SMALL, experts=experts), keeping, None)
 
 
 def test_no_token_leaves_its_device_for_an_expert(tmp_path: Path):
