@@ -6,13 +6,19 @@ whose paths end in those of the parameters.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
 Batch = TypeVar("Batch")
 AXES = ("data", "fsdp", "tensor")
@@ -36,7 +42,12 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """A mesh over all devices.
 
     Args:
@@ -44,24 +55,34 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
       fsdp: devices that share one copy's parameters and see different rows.
       tensor: devices that share each matrix product.
       One of them may be -1: what is left of the devices.
+      devices: others than those that are there.
 
     Raises:
       ValueError: if the product is not the number of devices.
     """
-    sizes, num_devices = [data, fsdp, tensor], jax.device_count()
+    num_devices = jax.device_count() if devices is None else len(devices)
+    sizes = mesh_sizes(data, fsdp, tensor, num_devices)
+    types = (AxisType.Auto,) * 3
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+def mesh_sizes(
+    data: int, fsdp: int, tensor: int, num_devices: int
+) -> tuple[int, int, int]:
+    """The sizes of `make_mesh`'s axes, none of them -1."""
+    sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
         known = max(1, -data * fsdp * tensor)
         sizes[sizes.index(-1)] = max(1, num_devices // known)
-    product = sizes[0] * sizes[1] * sizes[2]
-    if min(sizes) < 1 or product != num_devices:
+    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != num_devices:
         raise ValueError(
             f"The mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit "
             f"{num_devices} devices; their product must be that number."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return sizes[0], sizes[1], sizes[2]
 
 
-def as_shardings(tree: Any, mesh: Mesh) -> Any:
+def as_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A sharding for every array of a tree, by its path and shape."""
 
     def choose(path: tuple, leaf: Any) -> NamedSharding:
@@ -72,7 +93,9 @@ def as_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(choose, tree)
 
 
-def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fit(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     if len(shape) < len(spec):  # an optimiser's statistic of fewer dimensions
         return PartitionSpec()
     axes = [
