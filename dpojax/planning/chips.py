@@ -32,7 +32,7 @@ class Chip:
     link_speed: float  # bytes a second that one link carries one way; of a GPU all
     num_axes: int = 0  # of the torus
     ring: int = 0  # an axis of a multiple of so many chips is closed to a ring
-    network_speed: float = 0.0  # of a GPU, bytes a second beyond its machine
+    network_speed: float = 0.0  # of a GPU's own adapter, beyond its machine
 
 
 def _tpu(
@@ -97,8 +97,10 @@ class Slice:
         """
         chip = self.chip
         if chip.kind == "gpu":
-            alone = self.num_chips <= GPUS_PER_MACHINE
-            return chip.link_speed if alone else chip.network_speed
+            if self.num_chips <= GPUS_PER_MACHINE:
+                return chip.link_speed
+            # What enters a machine once is handed on inside it.
+            return min(chip.link_speed, GPUS_PER_MACHINE * chip.network_speed)
         whole = all(size % chip.ring == 0 for size in self.sizes)
         links = 0
         for size in self.sizes:
