@@ -1,4 +1,4 @@
-"""Plans of runs: the step is the run's own, the figures are by hand, the rest refused."""
+"""Plans: the step is the run's own, figures are counted, the rest is refused."""
 
 import json
 from dataclasses import replace
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import pytest
 
+from dpojax.bench_inputs import shape_settings
 from dpojax.cli import main
 from dpojax.command_config import PlanConfig, ShapeConfig
 from dpojax.config import LoraConfig, LossConfig, MeshConfig, TrainConfig
@@ -15,7 +16,13 @@ from dpojax.fit import Way
 from dpojax.planning.chips import read_slice
 from dpojax.planning.command import plan
 from dpojax.planning.roofline import Roofline, make_roofline, speed_at
-from dpojax.planning.rows import first_batch, num_steps, plan_examples, scored_chunks
+from dpojax.planning.rows import (
+    Rows,
+    first_batch,
+    num_steps,
+    plan_examples,
+    scored_chunks,
+)
 from dpojax.planning.search import Candidate, Tried, mesh_shapes, search
 from dpojax.planning.shapes import model_settings, plan_model, plan_policy
 from dpojax.planning.step import plan_step
@@ -25,7 +32,7 @@ from dpojax.sharding import make_mesh, num_row_shards
 from dpojax.training import make_training
 
 TINY = ShapeConfig(name="4x256", layers=2, width=128, heads=4, mlp_width=256)
-LENGTHS = {"prompt_tokens": 64, "completion_tokens": 32}
+LENGTHS: dict[str, Any] = {"prompt_tokens": 64, "completion_tokens": 32}
 
 
 @pytest.mark.parametrize(
@@ -35,15 +42,14 @@ LENGTHS = {"prompt_tokens": 64, "completion_tokens": 32}
         {"loss": LossConfig(name="simpo"), "microbatches": 2},
         {"loss": LossConfig(name="kto")},
         {"lora": LoraConfig(rank=2)},
-        {"lora": LoraConfig(rank=2, kind="dora", base="int8", dropout=0.1)},
+        {"lora": LoraConfig(rank=2, kind="dora", dropout=0.1)},
     ],
 )
 def test_a_planned_step_is_the_one_that_a_run_takes(
     model: Path, changes: dict[str, Any]
 ):
-    settings: dict[str, Any] = {"model": str(model), "batch_size": 8, "remat": "full"}
-    settings |= {"compute_dtype": "float32", "mesh": MeshConfig(data=1, fsdp=-1)}
-    config = PlanConfig(**settings | LENGTHS | changes)
+    settings = of_run(model)
+    config = PlanConfig(**{**settings, **LENGTHS, **changes})
     loss, mesh = make_configured_loss(config.loss), make_mesh(1, -1, 1)
 
     shapes = plan_model(config, model_settings(config), loss, mesh)
@@ -52,7 +58,7 @@ def test_a_planned_step_is_the_one_that_a_run_takes(
     batch = first_batch(config, loss, rows, num_row_shards(mesh))
     planned = plan_step(config, loss, shapes, policy, mesh, batch, 10)
 
-    run = TrainConfig(**settings | changes)
+    run = TrainConfig(**{**settings, **changes})
     loaded = load_policy(run, loss, mesh)
     real = make_training(
         run, loss, loaded, make_policy(run, loss, loaded, mesh), mesh, 10
@@ -64,6 +70,28 @@ def test_a_planned_step_is_the_one_that_a_run_takes(
     expected = real.step.lower(real.shapes, frozen, planned.arguments[2])
     found = planned.training.step.lower(*planned.arguments)
     assert found.as_text() == expected.as_text()
+
+
+def of_run(model: Path) -> dict[str, Any]:
+    return {
+        "model": str(model), "batch_size": 8, "remat": "full",
+        "compute_dtype": "float32", "mesh": MeshConfig(data=1, fsdp=-1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_quantised_base_is_held_as_a_run_holds_it(model: Path, base: Any):
+    settings: dict[str, Any] = of_run(model)
+    settings |= {"lora": LoraConfig(rank=2, base=base)}
+    config = PlanConfig(**settings, **LENGTHS)
+    loss, mesh = make_configured_loss(config.loss), make_mesh(1, -1, 1)
+    loaded = load_policy(TrainConfig(**settings), loss, mesh)
+    shapes = plan_model(config, model_settings(config), loss, mesh)
+
+    def held(array: Any) -> tuple:
+        return array.dtype, array.sharding.shard_shape(array.shape)
+
+    assert jax.tree.map(held, shapes.params) == jax.tree.map(held, loaded.params)
 
 
 def test_a_slice_compiled_for_fits_and_agrees_with_a_count_by_hand(
@@ -122,14 +150,11 @@ def test_without_the_size_of_the_data_no_hours_are_told():
     assert num_steps(replace(GPU, steps=7), rows_of(GPU)) == 7
 
 
-def rows_of(config: PlanConfig) -> Any:
+def rows_of(config: PlanConfig) -> Rows:
     loss, mesh = make_configured_loss(config.loss), make_mesh(-1, 1, 1)
     config = replace(config, shape=TINY, compute_dtype="float32", remat="full")
-    from dpojax.bench_inputs import shape_settings
-
-    return plan_examples(
-        config, loss, plan_model(config, shape_settings(TINY), loss, mesh)
-    )
+    model = plan_model(config, shape_settings(TINY), loss, mesh)
+    return plan_examples(config, loss, model)
 
 
 def test_a_step_too_large_for_gpus_has_no_times():
@@ -143,7 +168,7 @@ def test_a_search_recommends_what_is_fastest_of_what_fits():
     tried = figures["search"]["tried"]
     times = [one["seconds"] for one in tried if one["seconds"] is not None]
     assert figures["roofline"]["seconds"] == min(times)
-    assert {one["remat"] for one in tried} >= {"dots", "full"}
+    assert any(one["seconds"] is None for one in tried)
 
 
 def test_the_roofline_by_hand():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from dpojax.planning.hlo import parse
+from dpojax.planning.hlo import Program, parse
 from dpojax.planning.walk import Counts, count
 from dpojax.sharding import make_mesh
 
@@ -19,10 +19,10 @@ HloModule step, is_scheduled=true, num_partitions=4
 %fused (p0: f32[4,8], p1: f32[8,8]) -> f32[4,8] {
   %p0 = f32[4,8]{1,0} parameter(0)
   %p1 = f32[8,8]{1,0} parameter(1)
-  ROOT %dot = f32[4,8]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %dot = f32[4,8]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}
 }
 
-%body (state: (u32[], f32[4,8], f32[8,8], u32[])) -> (u32[], f32[4,8], f32[8,8], u32[]) {
+%body (state: (u32[], f32[4,8], f32[8,8], u32[])) -> (u32[]) {
   %state = (u32[], f32[4,8]{1,0}, f32[8,8]{1,0}, u32[]) parameter(0)
   %i = u32[] get-tuple-element(%state), index=0
   %x = f32[4,8]{1,0} get-tuple-element(%state), index=1
@@ -31,9 +31,9 @@ HloModule step, is_scheduled=true, num_partitions=4
   %two = u32[] constant(2)
   %next = u32[] add(%i, %two)
   %y = f32[4,8]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused
-  %start = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[]) collective-permute-start(%y), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %start = (f32[4,8], f32[4,8], u32[]) collective-permute-start(%y), PAIRS
   %done = f32[4,8]{1,0} collective-permute-done(%start)
-  ROOT %out = (u32[], f32[4,8]{1,0}, f32[8,8]{1,0}, /*index=3*/u32[]) tuple(%next, %done, %w, /*index=3*/%limit)
+  ROOT %out = (u32[], f32[4,8], f32[8,8], u32[]) tuple(%next, %done, %w, /*3*/%limit)
 }
 
 %condition (state: (u32[], f32[4,8], f32[8,8], u32[])) -> pred[] {
@@ -50,14 +50,21 @@ ENTRY %main (a: f32[4,8], b: f32[8,8]) -> f32[4,8] {
   %copied = u32[] copy(%zero)
   %ten = u32[] LIMIT
   %initial = (u32[], f32[4,8]{1,0}, f32[8,8]{1,0}, u32[]) tuple(%copied, %a, %b, %ten)
-  %loop = (u32[], f32[4,8]{1,0}, f32[8,8]{1,0}, u32[]) while(%initial), condition=%condition, body=%body
+  %loop = (u32[], f32[4,8], f32[8,8], u32[]) while(%initial), BODY, condition=%condition
   ROOT %result = f32[4,8]{1,0} get-tuple-element(%loop), index=1
 }
 """
+BODY = "body=%body"
+PAIRS = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+
+
+def loop(limit: str, body: str = BODY) -> Program:
+    text = LOOP.replace("LIMIT", limit).replace("BODY", body).replace("PAIRS", PAIRS)
+    return parse(text)
 
 
 def test_a_loop_counts_as_often_as_its_counter_lets_it_turn():
-    found = count(parse(LOOP.replace("LIMIT", "constant(10)")))
+    found = count(loop("constant(10)"))
     assert found.flops == 5 * 2 * 4 * 8 * 8
     assert found.sent_bytes == {"collective-permute": 5 * 4 * 8 * 4}
     assert found.num_sent == {"collective-permute": 5}
@@ -67,12 +74,12 @@ def test_a_loop_counts_as_often_as_its_counter_lets_it_turn():
 
 def test_the_compilers_own_number_of_turns_is_taken_where_it_is_told():
     told = 'body=%body, backend_config={"known_trip_count":{"n":"7"}}'
-    text = LOOP.replace("LIMIT", "constant(10)").replace("body=%body", told)
-    assert count(parse(text)).num_sent == {"collective-permute": 7}
+    found = count(loop("constant(10)", told))
+    assert found.num_sent == {"collective-permute": 7}
 
 
 def test_a_loop_that_depends_on_data_is_refused_unless_its_turns_are_told():
-    program = parse(LOOP.replace("LIMIT", "negate(%copied)"))
+    program = loop("negate(%copied)")
     with pytest.raises(ValueError, match=r"The loop loop turns as often as data say"):
         count(program)
     assert count(program, lambda loop: 1.5).flops == 1.5 * 2 * 4 * 8 * 8
@@ -84,31 +91,32 @@ def entry(lines: str, header: str = "num_partitions=8") -> Counts:
 
 
 @pytest.mark.parametrize(
-    ("operation", "kind", "expected"),
+    ("operation", "groups", "expected"),
     [
-        ("f32[64,4] all-gather(%a), replica_groups={{0,1,2,3},{4,5,6,7}}", "all-gather", 3 * 256),
-        ("f32[64,4] all-gather(%a), replica_groups=[2,4]<=[8]", "all-gather", 3 * 256),
-        ("f32[64,4] all-gather(%a), replica_groups=mesh['x'=2,'y'=4] {'y'}", "all-gather", 3 * 256),
-        ("f32[16,4] all-reduce(%a), replica_groups={}, to_apply=%add", "all-reduce", 2 * 256 * 7 / 8),
-        ("f32[4,4] reduce-scatter(%a), replica_groups={{0,1,2,3}}", "reduce-scatter", 256 * 3 / 4),
-        ("f32[16,4] all-to-all(%a), replica_groups={{0,1}}", "all-to-all", 128),
-        ("f32[16,4] collective-permute(%a), source_target_pairs={{0,1},{2,2}}", "collective-permute", 256 / 8),
+        ("64,4 all-gather", "replica_groups={{0,1,2,3},{4,5,6,7}}", 3 * 256),
+        ("64,4 all-gather", "replica_groups=[2,4]<=[8]", 3 * 256),
+        ("64,4 all-gather", "replica_groups=mesh['x'=2,'y'=4] {'y'}", 3 * 256),
+        ("16,4 all-reduce", "replica_groups={}, to_apply=%add", 2 * 256 * 7 / 8),
+        ("4,4 reduce-scatter", "replica_groups={{0,1,2,3}}", 256 * 3 / 4),
+        ("16,4 all-to-all", "replica_groups={{0,1}}", 128),
+        ("16,4 collective-permute", "source_target_pairs={{0,1},{2,2}}", 256 / 8),
     ],
-)  # fmt: skip
+)
 def test_what_a_device_sends_in_each_collective(
-    operation: str, kind: str, expected: float
+    operation: str, groups: str, expected: float
 ):
-    found = entry(f"  ROOT %out = {operation}")
+    size, kind = operation.split()
+    found = entry(f"  ROOT %out = f32[{size}] {kind}(%a), {groups}")
     assert found.sent_bytes == {kind: expected}
 
 
 def test_a_collective_spread_over_a_chain_of_fusions_counts_where_it_starts():
-    chained = (
-        '  %g.{n} = f32[64,4] all-gather(%a), replica_groups=[2,4]<=[8], chain_id="3"\n'
-    )
-    start = '  %s = (f32[16,4], f32[64,4]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"\n'
-    done = '  ROOT %d = f32[64,4] custom-call(%g.3), custom_call_target="AsyncCollectiveDone"'
-    lines = "".join(chained.replace("{n}", str(n)) for n in (1, 2, 3)) + start + done
+    gather = 'f32[64,4] all-gather(%a), replica_groups=[2,4]<=[8], chain_id="3"'
+    chain = "".join(f"  %g.{number} = {gather}\n" for number in (1, 2, 3))
+    target = 'custom_call_target="AsyncCollective'
+    start = f'  %s = (f32[16,4], f32[64,4]) custom-call(%g.1), {target}Start"\n'
+    done = f'  ROOT %d = f32[64,4] custom-call(%g.3), {target}Done"'
+    lines = chain + start + done
     found = entry(lines)
     assert found.num_sent == {"all-gather": 1}
     assert not found.kernels

@@ -17,7 +17,7 @@ from dpojax.data.synthetic import make_tokenizer
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
-from dpojax.models.decoder import make_model
+from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config, as_reward_settings
 from dpojax.models.huggingface import read_settings
 from dpojax.models.lora import (
@@ -28,6 +28,7 @@ from dpojax.models.lora import (
     start_adapters,
 )
 from dpojax.models.peft import is_adapter
+from dpojax.models.quantized import make_quantize
 from dpojax.offloading import on_host
 from dpojax.placing import make_kept_model
 from dpojax.policy import Policy, computed, configured_keeping
@@ -90,7 +91,7 @@ def plan_model(
             "--lora.rank."
         )
     model = make_kept_model(shape, configured_keeping(config, mesh), lora)
-    params = placed(model.params, mesh)
+    params = _quantized(model, placed(model.params, mesh), mesh)
     if lora is not None:
 
         def make(base: Any, key: Any) -> Any:
@@ -127,7 +128,7 @@ def plan_policy(config: PlanConfig, loss: Loss, loaded: Loaded, mesh: Mesh) -> P
             " as well; leave out --reference and --offload reference."
         )
     base, trained = jax.eval_shape(split_adapters, params)
-    frozen = Frozen(placed(base, mesh))
+    frozen = Frozen(_part(base, params))
     return Policy(
         placed(trained, mesh),
         frozen,
@@ -146,6 +147,28 @@ def model_settings(config: PlanConfig) -> dict[str, Any]:
 def placed(tree: Any, mesh: Mesh) -> Any:
     """Shapes with the shardings that the rules give them."""
     return jax.tree.map(_abstract, tree, as_shardings(tree, mesh))
+
+
+def _part(structure: Any, tree: Any) -> Any:
+    """The arrays of a tree that another, smaller one has too."""
+    return {
+        name: _part(below, tree[name]) if isinstance(below, dict) else tree[name]
+        for name, below in structure.items()
+    }
+
+
+def _quantized(model: Model, params: Any, mesh: Mesh) -> Any:
+    """The base as it is kept; a kernel's parts are divided as the kernel was."""
+    if model.quantization is None:
+        return params
+    convert = make_quantize(model.quantization)
+
+    def kept(path: tuple, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shapes = jax.eval_shape(lambda array: convert(name, array), leaf)
+        return jax.tree.map(lambda part: placed({name: part}, mesh)[name], shapes)
+
+    return jax.tree.map_with_path(kept, params)
 
 
 def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -116,12 +116,22 @@ def compile_step(planned: Planned) -> Compiled | TooLarge:
         found.alias_size_in_bytes,
         found.temp_size_in_bytes,
     )
-    text = compiled.as_text()
-    assert text is not None
-    program = parse(text)
+    program = parse(_text(compiled))
     counts = count(program, _ChunkLoop(planned))
     by_flash = flash_flops(counts.kernels, planned.batch, planned.loaded.model.config)
     return Compiled(memory, counts, by_flash, largest_temporaries(program))
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            "The step compiles, but this jax cannot read the programs of this libtpu; "
+            "install the one that belongs to it by pip install 'dpojax[plan]'."
+        ) from error
+    assert text is not None
+    return text
 
 
 def argument_buffers(planned: Planned) -> list[Buffer]:
