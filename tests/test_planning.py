@@ -79,10 +79,9 @@ def of_run(model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("base", ["int8", "nf4"])
-def test_a_quantised_base_is_held_as_a_run_holds_it(model: Path, base: Any):
+def test_a_quantised_base_is_held_as_a_run_holds_it(model: Path):
     settings: dict[str, Any] = of_run(model)
-    settings |= {"lora": LoraConfig(rank=2, base=base)}
+    settings |= {"lora": LoraConfig(rank=2, base="int8")}
     config = PlanConfig(**settings, **LENGTHS)
     loss, mesh = make_configured_loss(config.loss), make_mesh(1, -1, 1)
     loaded = load_policy(TrainConfig(**settings), loss, mesh)
@@ -94,12 +93,14 @@ def test_a_quantised_base_is_held_as_a_run_holds_it(model: Path, base: Any):
     assert jax.tree.map(held, shapes.params) == jax.tree.map(held, loaded.params)
 
 
+@pytest.mark.slow
 def test_a_slice_compiled_for_fits_and_agrees_with_a_count_by_hand(
     capsys: pytest.CaptureFixture[str],
 ):
     pytest.importorskip("libtpu")
     config = PlanConfig(
-        topology="v5e:2x2", shape=TINY, batch_size=8, row_length=256,
+        topology="v5e:2x2", batch_size=8, row_length=256, chunk_size=256,
+        shape=ShapeConfig(name="4x256", layers=2, mlp_width=4096, vocabulary=1024),
         prompt_tokens=128, completion_tokens=64, json=True, num_examples=80,
         mesh=MeshConfig(data=1, fsdp=4),
     )  # fmt: skip
@@ -107,7 +108,7 @@ def test_a_slice_compiled_for_fits_and_agrees_with_a_count_by_hand(
     assert json.loads(capsys.readouterr().out) == figures
     flops, memory = figures["flops"], figures["memory"]
     assert figures["fits"] and not figures["is_estimate"]
-    assert flops["per_chip"] == pytest.approx(flops["by_hand_per_chip"], rel=0.25)
+    assert flops["per_chip"] == pytest.approx(flops["by_hand_per_chip"], rel=0.05)
     assert flops["flash_kernels_per_chip"] > 0
     held = sum(
         memory[f"{name}_bytes"] for name in ("arguments", "outputs", "temporaries")
