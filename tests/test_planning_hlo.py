@@ -122,6 +122,27 @@ def test_a_collective_spread_over_a_chain_of_fusions_counts_where_it_starts():
     assert not found.kernels
 
 
+def test_what_begins_elsewhere_counts_once_where_it_begins():
+    text = """\
+HloModule one, num_partitions=2
+
+%offloaded (p: f32[16,4]) -> f32[16,4] {
+  %p = f32[16,4] parameter(0)
+  ROOT %sum = f32[16,4] all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[16,4]) -> f32[16,4] {
+  %a = f32[16,4] parameter(0)
+  %ready = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"
+  %s = ((f32[16,4]), f32[16,4]) call-start(%a), to_apply=%offloaded
+  ROOT %d = f32[16,4] call-done(%s)
+}
+"""
+    found = count(parse(text))
+    assert found.sent_bytes == {"all-reduce": 256}
+    assert found.memory_bytes == 2 * 256
+
+
 def test_groups_in_a_form_that_is_not_known_are_refused():
     with pytest.raises(ValueError, match="groups of a collective are not understood"):
         entry("  ROOT %o = f32[16,4] all-to-all(%a), replica_groups=some(4)")

@@ -43,8 +43,8 @@ def flash_flops(
         if kernel.name not in _PRODUCTS:
             raise ValueError(
                 f"The compiled step calls {kernel.name!r}, whose cost is not known, so "
-                "that its FLOPs are not counted; choose --attention xla, or a model "
-                "without experts."
+                "that no FLOPs can be told; choose another --attention or --topology, "
+                "or a model without experts."
             )
         blocks = blocks or blocks_of_row(batch, config)
         query = next(shape for shape in kernel.operands if len(shape.dimensions) == 4)

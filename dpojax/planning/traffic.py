@@ -13,7 +13,7 @@ MAIN, HOST = 0, 5  # memory spaces
 _FREE = frozenset(
     {
         "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
-        "conditional", "call", "after-all", "partition-id", "replica-id",
+        "conditional", "call", "call-start", "after-all", "partition-id", "replica-id",
         "opt-barrier", "async-start", "async-update", "async-done",
         "add-dependency", "domain", "copy-done", "slice-done",
     }

@@ -31,9 +31,13 @@ _NO_WORK = frozenset(
         "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
         "AsyncCollectiveStart", "ConcatBitcast", "Sharding", "SliceToDynamic",
         "PadToStatic", "annotate_device_placement", "MoveToHost", "MoveToDevice",
-        "x.barrier", "AssumeNonNegative", "BarrierStart", "BarrierDone",
+        "PrepareAsyncCallStart", "PrepareAsyncCallDone",
     }
 )  # fmt: skip
+
+
+# What begins elsewhere, and is waited for later, is called where it begins.
+_CALLS = ("call", "call-start", "async-start")
 
 
 class Kernel(NamedTuple):
@@ -127,7 +131,7 @@ class _Walk(NamedTuple):
             self.loop(inside, instruction, times, given)
         elif opcode == "conditional":
             self.branches(instruction, times, given)
-        elif opcode in ("fusion", "call", "async-start"):
+        elif opcode in ("fusion", *_CALLS):
             passed = passed_on(program, inside, instruction, given)
             called = callee(program, instruction)
             self.through(called, times, passed, is_fused or opcode == "fusion")
