@@ -75,6 +75,17 @@ _SHAPES: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 500_000.0,
         "tie_word_embeddings": True,
     },
+    "llama-3-8b": _LLAMA
+    | {
+        "max_position_embeddings": 8192,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14_336,
+        "vocab_size": 128_256,
+        "rope_theta": 500_000.0,
+    },
 }
 
 

@@ -15,6 +15,7 @@ from dpojax.command_config import (
     GenerateConfig,
     InitConfig,
     LossesConfig,
+    PlanConfig,
     ReferenceConfig,
     ScoreConfig,
 )
@@ -41,13 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _dispatch(arguments: list[str]) -> None:
     train = TrainConfig()
-    takes_file = arguments[:1] in (["train"], ["reference"])
+    takes_file = arguments[:1] in (["train"], ["reference"], ["plan"])
     if takes_file and arguments[1:2] and arguments[1].endswith(".py"):
         train = _load_experiment(Path(arguments.pop(1)))
     ahead = ReferenceConfig(**vars(train))
+    planned = PlanConfig(**vars(train))
     commands = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
         | Annotated[ReferenceConfig, tyro.conf.subcommand("reference", default=ahead)]
+        | Annotated[PlanConfig, tyro.conf.subcommand("plan", default=planned)]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
@@ -63,6 +66,7 @@ def _dispatch(arguments: list[str]) -> None:
     from dpojax.chat import chat
     from dpojax.compilation_cache import use_compilation_cache
     from dpojax.exporting import export
+    from dpojax.planning.command import plan
     from dpojax.precompute import reference
     from dpojax.run import run
     from dpojax.sampling import generate
@@ -74,6 +78,8 @@ def _dispatch(arguments: list[str]) -> None:
         # Before TrainConfig, whose settings they have.
         case BenchConfig():
             bench(config)
+        case PlanConfig():
+            plan(config)
         case ReferenceConfig():
             reference(config)
         case TrainConfig(model=None, data=()):

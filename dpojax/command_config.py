@@ -175,7 +175,7 @@ class ShapeConfig:
     """A model with random weights, of a known shape or a changed one."""
 
     name: Annotated[
-        Literal["4x256", "8x512", "qwen2.5-0.5b", "llama-3.2-1b"] | None,
+        Literal["4x256", "8x512", "qwen2.5-0.5b", "llama-3.2-1b", "llama-3-8b"] | None,
         tyro.conf.arg(name=""),
     ] = None
     """Two small Llamas, layers x width, or models of the hub."""
@@ -216,3 +216,38 @@ class BenchConfig(TrainConfig):
     """JSON file to write, new."""
     trace: str | None = None
     """Directory for a profile of the measured steps, for TensorBoard or Perfetto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """What a run would need and take on machines that are not there.
+
+    Takes the flags of train, or its experiment file; of a model only config.json is
+    read, and nothing is downloaded, allocated or run. For TPUs the very step is
+    compiled; figures of GPUs are estimates, and say so. Flags that change nothing of a
+    step (where things are written, how often) may be given too.
+    """
+
+    topology: str | None = None
+    """Chip and shape of the slice: v5e:4x8, v5p:4x4x4, v6e:16x16, h100:8."""
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    prompt_tokens: int | None = None
+    """Instead of reading data: tokens of each prompt; with a spread, their mean."""
+    completion_tokens: int | None = None
+    """Tokens of each completion, with EOS; likewise."""
+    spread: float = 0.0
+    """Sigma of lognormal lengths, at most four times the mean."""
+    num_examples: int | None = None
+    """Size of the data set, where it is not read; without it no hours are told."""
+    efficiency: tuple[float, ...] = (1.0, 0.6, 0.4)
+    """Shares of the roofline's speed for which times are told."""
+    search: bool = False
+    """Try meshes, what is recomputed, and microbatches; recommend the fastest."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether rows come from the data, not from stated lengths."""
+        stated = self.prompt_tokens is not None or self.completion_tokens is not None
+        return bool(self.data) and not stated

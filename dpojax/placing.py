@@ -60,6 +60,7 @@ def make_kept_model(
         )
     compute_dtype = jnp.dtype(keeping.compute_dtype or default_dtype())
     base = keeping.base_dtype
+    platform = keeping.mesh.devices.flat[0].platform
     if config.experts is not None and base in ("int8", "nf4"):
         raise ValueError(
             f"--lora.base {base} would leave a model's experts as they are, which are "
@@ -78,7 +79,7 @@ def make_kept_model(
         quantization=base if base == "int8" or base == "nf4" else None,
         lora=lora,
         attend=make_attend(
-            choose_kernel(keeping.attention, config.head_dimension),
+            choose_kernel(keeping.attention, config.head_dimension, platform),
             make_by_shard_and_head(keeping.mesh),
         ),
     )

@@ -13,7 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
 from dpojax.slices import Devices, arrange
 
@@ -87,7 +93,7 @@ def mesh_sizes(
     return sizes
 
 
-def as_shardings(tree: Any, mesh: Mesh) -> Any:
+def as_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A sharding for every array of a tree, by its path and shape."""
 
     def choose(path: tuple, leaf: Any) -> NamedSharding:
@@ -98,7 +104,9 @@ def as_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(choose, tree)
 
 
-def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fit(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     if len(shape) < len(spec):  # an optimiser's statistic of fewer dimensions
         return PartitionSpec()
     axes = [
@@ -185,7 +193,7 @@ def put_ahead(
     yield from waiting
 
 
-def num_row_shards(mesh: Mesh) -> int:
+def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many ways the rows of a batch are divided."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 

@@ -23,13 +23,20 @@ _BACKENDS = {"flash": "tpu", "cudnn": "gpu"}
 _FUNCTIONS: dict[Kernel, Attend] = {"flash": flash_attention, "cudnn": cudnn_attention}
 
 
-def choose_kernel(choice: KernelChoice, head_dimension: int) -> Kernel:
+def choose_kernel(
+    choice: KernelChoice, head_dimension: int, platform: str | None = None
+) -> Kernel:
     """The kernel of that name; ``auto``: flash on TPUs where it can, elsewhere XLA's.
+
+    Args:
+      choice: its name.
+      head_dimension: of the model.
+      platform: of the devices that compute; None: those that are there.
 
     Raises:
       ValueError: for a kernel of another kind of machine.
     """
-    backend = jax.default_backend()
+    backend = platform or jax.default_backend()
     if choice == "auto":
         can = backend == "tpu" and head_dimension <= LARGEST_DIMENSION
         return "flash" if can else "xla"

@@ -1,0 +1,90 @@
+"""Weak scaling of a DPO step by the TPU compiler: rows per chip stay, chips grow.
+
+    pip install 'dpojax[plan]'
+    python experiments/scaling/run.py --model qwen2.5-0.5b --output experiments/scaling
+
+compiles the step of `dpojax plan` for each slice, all parameters shared by all chips
+(fsdp), and writes a table and the plans. What theory says of the interconnect: a chip
+of n sends (n - 1) / n of what it gathers, reduces and scatters.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dpojax.command_config import PlanConfig, ShapeConfig
+from dpojax.config import MeshConfig
+from dpojax.planning.chips import read_slice
+from dpojax.planning.command import plan
+
+SLICES = ("v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Weak scaling by the compiler.")
+    parser.add_argument("--model", default="llama-3.2-1b")
+    parser.add_argument("--rows-per-chip", type=int, default=2)
+    parser.add_argument("--slices", nargs="+", default=SLICES)
+    parser.add_argument("--output", type=Path, default=Path("experiments/scaling"))
+    args = parser.parse_args()
+    file = args.output / f"{args.model}.jsonl"
+    plans = []
+    for name in args.slices:
+        chips = read_slice(name).num_chips
+        config = PlanConfig(
+            shape=ShapeConfig(name=args.model),
+            topology=name,
+            prompt_tokens=1024,
+            completion_tokens=512,  # a pair fills a row of 2,048
+            batch_size=args.rows_per_chip * chips,
+            mesh=MeshConfig(data=1, fsdp=chips),
+        )
+        plans.append(plan(config))
+        file.write_text("".join(json.dumps(one) + "\n" for one in plans), "utf-8")
+    print(table(plans))
+
+
+def table(plans: list[dict[str, Any]]) -> str:
+    """Markdown; a column's figures over those of the first slice in brackets."""
+    head = (
+        "| slice | TFLOP a chip | temporaries, MiB | sent a chip, MB | (n-1)/n | "
+        "roofline, s | bound |"
+    )
+    lines = [head, "|---" * 7 + "|"]
+    first = plans[0]
+    for one in plans:
+        share = 1 - 1 / one["chips"]
+        expected = share / (1 - 1 / first["chips"])
+        cells = [
+            one["topology"],
+            _relative(one, first, _flops, 1e12),
+            _relative(one, first, _temporaries, 2**20),
+            _relative(one, first, sent, 1e6),
+            f"{share:.4f} ({expected:.3f})",
+            f"{one['roofline']['seconds']:.3f}",
+            one["roofline"]["bound"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sent(figures: dict[str, Any]) -> float:
+    """Bytes that a chip sends, whatever the collective."""
+    return sum(one["bytes"] for one in figures["interconnect"].values())
+
+
+def _flops(figures: dict[str, Any]) -> float:
+    return figures["flops"]["per_chip"]
+
+
+def _temporaries(figures: dict[str, Any]) -> float:
+    return figures["memory"]["temporaries_bytes"]
+
+
+def _relative(one: Any, first: Any, figure: Any, unit: float) -> str:
+    return f"{figure(one) / unit:,.1f} ({figure(one) / figure(first):.3f})"
+
+
+if __name__ == "__main__":
+    main()
