@@ -179,9 +179,8 @@ def _candidates(job: _Job, config: PlanConfig) -> list[Candidate]:
     assert job.rows is not None
     chip, wanted = job.wanted.chip, job.wanted
     candidates = []
-    start = _build(
-        job, config, (1, 1, 1, 1) if chip.kind == "gpu" else _all_fsdp(wanted)
-    )
+    whole = (1, 1 if chip.kind == "gpu" else wanted.num_chips, 1, 1)
+    start = _build(job, config, whole)
     heads = start.loaded.model.config.num_key_heads
     num_rows = len(first_batch(config, job.loss, job.rows, 1).tokens)
     for sizes in mesh_shapes(wanted.num_chips, math.gcd(heads, 8), num_rows):
