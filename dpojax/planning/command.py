@@ -78,6 +78,8 @@ def _prepare(config: PlanConfig) -> tuple[PlanConfig, _Job]:
     _check(config)
     # Nothing of a machine that is here is used, so that the plan is the same anywhere.
     jax.config.update("jax_platforms", "cpu")
+    # jax cannot load programs for devices that are not there from its cache.
+    jax.config.update("jax_enable_compilation_cache", False)
     is_tpu = wanted.chip.kind == "tpu"
     devices = slice_devices(wanted) if is_tpu else jax.devices()[:1]
     settings = model_settings(config) if config.model else shape_settings(config.shape)
