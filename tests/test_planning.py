@@ -216,10 +216,11 @@ def test_a_search_stops_where_nothing_can_be_faster():
     needed = {"none": None, "dots": 5.0, "full": 9.0}
     told: list[Tried] = []
     ways = [candidate("full", 5.0), candidate("none", 3.0), candidate("dots", 4.0)]
-    found = search(ways, lambda one: needed[one.way.remat], told.append)
+    more = candidate("full", 1.0, parts=2)._replace(guess=6.0)
+    found = search([*ways, more], lambda one: needed[one.way.remat], told.append)
     assert found.best == candidate("dots", 4.0)
     assert [one.candidate.way.remat for one in told] == ["none", "dots"]
-    assert found.num_left == 1
+    assert found.num_left == 2  # too slow; of a mesh that is settled
     assert search(ways[1:2], lambda one: None, told.append).best is None
 
 

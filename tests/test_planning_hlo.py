@@ -90,12 +90,17 @@ def entry(lines: str, header: str = "num_partitions=8") -> Counts:
     return count(parse(f"{text}  %a = f32[16,4]{{1,0}} parameter(0)\n{lines}\n}}\n"))
 
 
+TWO_AXES = "mesh['x'=4,'y'=2], device_ids=([2,2,2]T(1,0,2))"
+
+
 @pytest.mark.parametrize(
     ("operation", "groups", "expected"),
     [
         ("64,4 all-gather", "replica_groups={{0,1,2,3},{4,5,6,7}}", 3 * 256),
         ("64,4 all-gather", "replica_groups=[2,4]<=[8]", 3 * 256),
         ("64,4 all-gather", "replica_groups=mesh['x'=2,'y'=4] {'y'}", 3 * 256),
+        ("16,4 all-to-all", f"replica_groups={TWO_AXES} {{'y'}}", 128),
+        ("64,4 all-gather", "replica_groups=mesh['x'=8] {'x':(2)4}", 3 * 256),
         ("16,4 all-reduce", "replica_groups={}, to_apply=%add", 2 * 256 * 7 / 8),
         ("4,4 reduce-scatter", "replica_groups={{0,1,2,3}}", 256 * 3 / 4),
         ("16,4 all-to-all", "replica_groups={{0,1}}", 128),

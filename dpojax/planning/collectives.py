@@ -86,7 +86,7 @@ def group_size(instruction: Instruction, num_devices: int) -> int:
     tiled = re.match(r"\[([\d,]+)\]<=", text)
     if tiled is not None:
         return int(tiled.group(1).split(",")[-1])
-    named = re.match(r"\s*@?mesh\w*\[(.*?)\]\s*\{(.*?)\}", text)
+    named = re.match(r"@?mesh\w*\[(.*?)\](?:, device_ids=\S+)?\s*\{(.*?)\}", text)
     if named is not None:
         return _size_of_axes(*named.groups())
     if not text or text.startswith("{}"):

@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
     best: Candidate | None
     tried: list[Tried]
-    num_left: int  # whose bound is no better than what was found, or that cannot fit
+    num_left: int  # that cannot fit, or cannot be faster than what was found
 
 
 def mesh_shapes(num_chips: int, most_tensor: int, num_rows: int) -> Iterator[Sizes]:
@@ -64,23 +64,26 @@ def search(
 ) -> Found:
     """The fastest candidate that fits, by trying all that could be faster.
 
-    Where a mesh is too small for a step that keeps nothing, one that keeps more is not
-    tried.
+    Of a mesh the first way that fits is taken: those after it recompute more or take
+    more microbatches. Where a mesh is too small for a step that keeps nothing, one that
+    keeps more is not tried.
 
     Args:
-      candidates: in any order.
+      candidates: in any order; of one mesh the fastest first.
       evaluate: seconds of a step, or None if it does not fit.
       tell: is told what came of each.
     """
     tried: list[Tried] = []
     hopeless: set[tuple[Sizes, int]] = set()
+    settled: set[Sizes] = set()
     best: Tried | None = None
     left = 0
     for candidate in sorted(candidates, key=lambda one: (one.guess, one.bound)):
         parts = candidate.way.num_microbatches
         limit = None if best is None else best.seconds
         is_slower = limit is not None and candidate.bound >= _NEAR * limit
-        if is_slower or (candidate.sizes, parts) in hopeless:
+        is_settled = candidate.sizes in settled
+        if is_slower or is_settled or (candidate.sizes, parts) in hopeless:
             left += 1
             continue
         found = Tried(candidate, evaluate(candidate))
@@ -89,7 +92,9 @@ def search(
         if found.seconds is None:
             if candidate.way.remat == "full":
                 hopeless |= {(candidate.sizes, n) for n in range(1, parts + 1)}
-        elif limit is None or found.seconds < limit:
+            continue
+        settled.add(candidate.sizes)
+        if limit is None or found.seconds < limit:
             best = found
     return Found(None if best is None else best.candidate, tried, left)
 

@@ -214,5 +214,5 @@ class _ChunkLoop:
 def _reason(text: str) -> str:
     found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text)
     if found is None:
-        return text.splitlines()[0]
+        return text.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
     return f"needs {found.group(1)}iB of {found.group(2)}iB"
