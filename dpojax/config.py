@@ -212,7 +212,10 @@ class TrainConfig:
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
     attention: Literal["auto", "xla", "flash", "cudnn"] = "auto"
     """Kernel over whole rows: flash (TPU), cudnn (GPU), xla. Auto: flash on TPUs."""
-    remat: Literal["none", "dots", "save_attention", "full", "offload"] | None = None
+    remat: (
+        Literal["none", "dots", "dots_except_up", "save_attention", "full", "offload"]
+        | None
+    ) = None
     """What of a layer is not kept but recomputed. Default: full, on a CPU dots."""
     offload: tuple[Literal["optimizer", "reference"], ...] = ()
     """What is kept in the host's memory: optimizer (its moments), reference or both."""

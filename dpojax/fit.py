@@ -20,7 +20,9 @@ GIB = 2**30
 SHARE = 0.9
 # From the one that recomputes least to the one that keeps least. Not "offload": to wait
 # for the host costs more than more microbatches, which need less memory too.
-_FASTEST_FIRST: tuple[Remat, ...] = ("none", "dots", "save_attention", "full")
+_FASTEST_FIRST: tuple[Remat, ...] = (
+    "none", "dots", "dots_except_up", "save_attention", "full",
+)  # fmt: skip
 
 
 class Way(NamedTuple):

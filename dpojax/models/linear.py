@@ -15,7 +15,7 @@ from dpojax.expert_shards import ByShard, alone
 from dpojax.models.blockwise import blockwise_attention
 from dpojax.models.lora import Lora, LoraShape
 from dpojax.models.quantized import Quantization, QuantizedKernel
-from dpojax.models.remat import Remat
+from dpojax.models.remat import Remat, as_projection
 from dpojax.precision import precision_of
 
 # (query, key, value, example, branch, window=, scale=, cap=) -> attended values
@@ -61,7 +61,7 @@ class Linear(nnx.Module):
           options: how it computes.
           rngs: decides the values.
         """
-        self.dtype = options.compute_dtype
+        self.path, self.dtype = path, options.compute_dtype
         shape, dtype = (inputs, outputs), options.param_dtype
         if options.quantization is None:
             init = nnx.initializers.normal(spread)
@@ -81,7 +81,9 @@ class Linear(nnx.Module):
         product = multiply(hidden, kernel)
         if self.adapted:
             product = self.lora(hidden, kernel, product)
-        return product + self.bias[...].astype(self.dtype) if self.use_bias else product
+        if self.use_bias:
+            product += self.bias[...].astype(self.dtype)
+        return as_projection(product, self.path)
 
 
 @jax.custom_vjp

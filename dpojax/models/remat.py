@@ -11,7 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-Remat = Literal["none", "dots", "save_attention", "full", "offload"]
+Remat = Literal["none", "dots", "dots_except_up", "save_attention", "full", "offload"]
 Body = Callable[[Any, Any], tuple[Any, Any]]  # of a scan
 
 _policies = jax.checkpoint_policies
@@ -22,6 +22,11 @@ _POLICIES = {
     # is quadratic in the length.
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
+    ),
+    "dots_except_up": _policies.save_only_these_names(
+        _ATTENTION,
+        *(f"attention/{name}" for name in ("query", "key", "value", "output")),
+        "mlp/gate",
     ),
     "save_attention": _SAVE_ATTENTION,
     "full": _policies.nothing_saveable,
@@ -40,7 +45,9 @@ def rematerialize(body: Body, remat: Remat) -> Body:
     Args:
       body: one layer: the carry and what is scanned to the carry and what is stacked.
       remat: ``none`` keeps everything inside a layer; ``dots`` the results of its
-        projections and of attention; ``save_attention`` that of attention and what
+        projections and of attention; ``dots_except_up`` those but the MLP's ``up``,
+        which is the half of what ``dots`` keeps that one product gives again;
+        ``save_attention`` that of attention and what
         else its kernel hands to the backward pass; ``full`` nothing but the layer's
         input; ``offload`` not even that on the device, but on its host.
     """
@@ -50,6 +57,11 @@ def rematerialize(body: Body, remat: Remat) -> Body:
 def as_attention(kept: Any) -> Any:
     """Names what attention returns and what else its kernel keeps."""
     return checkpoint_name(kept, _ATTENTION)
+
+
+def as_projection(product: Array, path: str) -> Array:
+    """Names what a projection gives by its place in a layer."""
+    return checkpoint_name(product, path)
 
 
 def as_residual(hidden: Array) -> Array:

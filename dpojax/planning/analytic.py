@@ -116,7 +116,7 @@ def estimate(planned: Planned, setting: Setting, mesh: AbstractMesh) -> Estimate
     if setting.remat == "none":
         raise ValueError(
             "What --remat none keeps is up to XLA's compiler for GPUs, so that it is "
-            "not estimated; give dots, save_attention or full."
+            "not estimated; give dots, dots_except_up, save_attention or full."
         )
     shards, tensor = num_row_shards(mesh), mesh.shape["tensor"]
     state, frozen, _ = planned.arguments
@@ -156,11 +156,13 @@ def _kept(config: DecoderConfig, remat: Remat) -> int:
     """Numbers of a position that a layer keeps."""
     queries = config.num_heads * config.head_dimension
     keys = config.num_key_heads * config.head_dimension
+    products = 3 * config.width + 2 * queries + 2 * keys + config.mlp_width
     return {
         "offload": 0,
         "full": config.width,
         "save_attention": config.width + queries,
-        "dots": 3 * config.width + 2 * queries + 2 * keys + 2 * config.mlp_width,
+        "dots_except_up": products,
+        "dots": products + config.mlp_width,
     }[remat]
 
 
