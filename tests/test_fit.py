@@ -57,7 +57,13 @@ def test_ways_go_from_the_fastest_to_the_leanest():
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
-    [(12.3, "dots"), (12.2, "save_attention"), (8, "full"), (6, "full in 2 microb")],
+    [
+        (12.3, "dots"),
+        (12.2, "dots_except_up"),
+        (12.1, "save_attention"),
+        (8, "full"),
+        (6, "full in 2 microb"),
+    ],
 )
 def test_the_first_way_within_nine_tenths_of_the_limit_is_taken(
     limit: float, expected: str
