@@ -5,12 +5,13 @@
 
 compiles the train step that `dpojax train` would run, all weights trained, the
 reference in memory or none (precomputed), and prints one JSON line: the compiler's own
-account of one chip. Rows hold a pair each, its prompt once. The compiler counts FLOPs
-of loops once, so that with --flops these are unrolled.
+account of one chip's memory, and the FLOPs of the program's products of matrices, each
+loop by its turns. Rows hold a pair each, its prompt once.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -31,10 +32,11 @@ from dpojax.data.packing import Example, as_batch
 from dpojax.losses.make import make_loss
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.shape import DecoderConfig
+from dpojax.planning.hlo import parse
+from dpojax.planning.walk import count
 from dpojax.sharding import AXES, as_shardings, make_constrain, rows_sharding
 from dpojax.spread import Spread
 from dpojax.train_step import init_state, make_train_step
-from dpojax.vocabulary.tiles import TILE
 
 SHAPES = {
     "qwen2.5-0.5b": {
@@ -63,30 +65,26 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of weights and moments")
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--chunk-size", type=int, default=512)
-    parser.add_argument("--flops", action="store_true", help="unroll, count FLOPs")
     parser.add_argument("--save-hlo", type=Path)
     args = parser.parse_args()
-    if args.flops:
-        # Loops of the compiler's own, too, are counted once.
-        os.environ["LIBTPU_INIT_ARGS"] = (
-            os.environ.get("LIBTPU_INIT_ARGS", "")
-            + " --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
-        )
     topology = topologies.get_topology_desc(args.topology, platform="tpu")
     devices = np.array(topology.devices).reshape(1, -1, 1, 1)
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     compiled = lower(args, mesh).compile()
+    text = compiled.as_text()
     if args.save_hlo:
-        args.save_hlo.write_text(compiled.as_text())
+        args.save_hlo.write_text(text)
+    # The head's loops end with the last chunk that holds a scored position.
+    scored = 2 * args.response * args.pairs / args.microbatches / mesh.size
+    counts = count(parse(text), lambda loop: math.ceil(scored / args.chunk_size))
     memory = compiled.memory_analysis()
     figures = {
         "argument_mib": memory.argument_size_in_bytes / 2**20,
         "output_mib": memory.output_size_in_bytes / 2**20,
         "alias_mib": memory.alias_size_in_bytes / 2**20,
         "temp_mib": memory.temp_size_in_bytes / 2**20,
+        "tflop": counts.flops / 1e12,
     }
-    if args.flops:
-        figures = {"tflop": compiled.cost_analysis()["flops"] / 1e12}
     asked = {name: str(value) for name, value in vars(args).items() if value}
     print(json.dumps(asked | {k: round(v, 3) for k, v in figures.items()}))
 
@@ -103,7 +101,6 @@ def lower(args: argparse.Namespace, mesh: Mesh) -> Any:
         param_dtype=dtype,
         remat=args.remat,
         constrain=make_constrain(mesh),
-        unroll=config.num_layers if args.flops else 1,
     )
     loss = make_loss("dpo" if args.reference == "live" else "simpo")
     optimizer = optax.adamw(1e-6)
@@ -120,8 +117,7 @@ def lower(args: argparse.Namespace, mesh: Mesh) -> Any:
         loss,
         optimizer,
         num_microbatches=args.microbatches,
-        chunk_size=length * args.pairs if args.flops else args.chunk_size,
-        tile_size=config.vocabulary_size if args.flops else TILE,
+        chunk_size=args.chunk_size,
         spread=Spread(mesh),
         state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         rows_sharding=rows,
