@@ -5,7 +5,9 @@
 
 compiles the step of `dpojax plan` for each slice, all parameters shared by all chips
 (fsdp), and writes a table and the plans. What theory says of the interconnect: a chip
-of n sends (n - 1) / n of what it gathers, reduces and scatters.
+of n sends (n - 1) / n of what it gathers and scatters: layers' matrices in bfloat16,
+gathered for the policy, for the reference and for the backward pass, their gradients
+once; of the embedding likewise, its gradient in float32.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpojax.bench_inputs import shape_settings
 from dpojax.command_config import PlanConfig, ShapeConfig
 from dpojax.config import MeshConfig
 from dpojax.planning.chips import read_slice
@@ -48,20 +51,20 @@ def main() -> None:
 def table(plans: list[dict[str, Any]]) -> str:
     """Markdown; a column's figures over those of the first slice in brackets."""
     head = (
-        "| slice | TFLOP a chip | temporaries, MiB | sent a chip, MB | (n-1)/n | "
-        "roofline, s | bound |"
+        "| slice | TFLOP a chip | temporaries, MiB | sent a chip, GB | by theory, GB | "
+        "sent by collective, GB | roofline, s | bound |"
     )
-    lines = [head, "|---" * 7 + "|"]
+    lines = [head, "|---" * 8 + "|"]
     first = plans[0]
     for one in plans:
-        share = 1 - 1 / one["chips"]
-        expected = share / (1 - 1 / first["chips"])
+        kinds = one["interconnect"].items()
         cells = [
             one["topology"],
             _relative(one, first, _flops, 1e12),
             _relative(one, first, _temporaries, 2**20),
-            _relative(one, first, sent, 1e6),
-            f"{share:.4f} ({expected:.3f})",
+            _relative(one, first, sent, 1e9),
+            _relative(one, first, theory, 1e9),
+            ", ".join(f"{kind} {found['bytes'] / 1e9:.2f}" for kind, found in kinds),
             f"{one['roofline']['seconds']:.3f}",
             one["roofline"]["bound"],
         ]
@@ -72,6 +75,16 @@ def table(plans: list[dict[str, Any]]) -> str:
 def sent(figures: dict[str, Any]) -> float:
     """Bytes that a chip sends, whatever the collective."""
     return sum(one["bytes"] for one in figures["interconnect"].values())
+
+
+def theory(figures: dict[str, Any]) -> float:
+    """Bytes that a chip must send."""
+    settings = shape_settings(ShapeConfig(name=figures["model"]))
+    embedding = settings["vocab_size"] * settings["hidden_size"]
+    matrices = 2 if not settings.get("tie_word_embeddings") else 1
+    layers = figures["parameters"] - matrices * embedding
+    whole = 4 * 2 * layers + (3 * 2 + 4) * embedding
+    return whole * (1 - 1 / figures["chips"])
 
 
 def _flops(figures: dict[str, Any]) -> float:
