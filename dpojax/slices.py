@@ -48,4 +48,11 @@ def count_slices(devices: Devices) -> int:
     """How many slices devices are in; those of CPUs and GPUs count as one."""
     if devices[0].platform != "tpu":
         return 1
-    return len({device.slice_index for device in devices})
+    return len({_slice_of(device) for device in devices})
+
+
+def _slice_of(device: Any) -> int:
+    try:
+        return device.slice_index
+    except AttributeError:  # a device of the one slice that a program is compiled for
+        return 0

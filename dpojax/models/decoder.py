@@ -73,7 +73,6 @@ def make_model(
     quantization: Quantization | None = None,
     lora: LoraShape | None = None,
     attend: Attend = blockwise_attention,
-    unroll: int = 1,
 ) -> Model:
     """Builds a decoder; nothing is allocated.
 
@@ -87,7 +86,6 @@ def make_model(
       quantization: kernels may be quantised so, see `dpojax.models.quantized`.
       lora: the parameters may hold such adapters, see `dpojax.models.lora`.
       attend: attention over whole rows; to a cache, `attention` is used.
-      unroll: layers that one turn of the loop over them computes.
 
     Returns:
       The model's functions. They take parameters with and without adapters, and with
@@ -104,7 +102,6 @@ def make_model(
         constrain,
         by_shard,
         attend=attend,
-        unroll=unroll,
     )
     without_dropout = None if lora is None else replace(lora, dropout=0.0)
     variants = dict.fromkeys(
@@ -304,7 +301,6 @@ class Decoder(nnx.Module):
                 rematerialize(body, self.options.remat),
                 (hidden, cache),
                 layers,
-                unroll=self.options.unroll,
             )
         hidden, cache = carry
         routing = jax.tree.map(lambda layers: jnp.sum(layers, axis=0), routing)

@@ -33,7 +33,6 @@ class Options(NamedTuple):
     quantization: Quantization | None = None  # of projections' kernels
     lora: LoraShape | None = None
     attend: Attend = blockwise_attention
-    unroll: int = 1  # layers in one turn of their loop
 
 
 class Linear(nnx.Module):
