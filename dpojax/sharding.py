@@ -52,6 +52,7 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     expert: int = 1,
+    *,
     devices: Devices | None = None,
 ) -> Mesh:
     """A mesh over all devices.

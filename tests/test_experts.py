@@ -286,8 +286,8 @@ def test_in_bfloat16_weights_and_sums_stay_exact():
 
     both = run(slice(2))
     assert both.dtype == jnp.float32
-    rounded = (run(part).astype(jnp.bfloat16) for part in (slice(1), slice(1, 2)))
-    apart = sum(part.astype(jnp.float32) for part in rounded)
+    rounded = [run(part).astype(jnp.bfloat16) for part in (slice(1), slice(1, 2))]
+    apart = rounded[0].astype(jnp.float32) + rounded[1].astype(jnp.float32)
     # Each of the two apart has been rounded once, so they are near, and not equal.
     assert_close(both, apart, 0.1)
     assert not jnp.array_equal(both.astype(jnp.bfloat16), apart.astype(jnp.bfloat16))

@@ -62,7 +62,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "olmo2": {**SIZES, "model_type": "olmo2", "num_key_value_heads": 1},
 }
-MESHES = {"fsdp": {"data": 2, "fsdp": 2}, "tensor": {"data": 2, "tensor": 2}}
+MESHES: dict[str, Any] = {
+    "fsdp": {"data": 2, "fsdp": 2},
+    "tensor": {"data": 2, "tensor": 2},
+}
 
 
 def make_examples() -> list[Example]:
