@@ -216,7 +216,7 @@ class TrainConfig:
         Literal["none", "dots", "dots_except_up", "save_attention", "full", "offload"]
         | None
     ) = None
-    """What of a layer is not kept but recomputed. Default: full, on a CPU dots."""
+    """What of a layer is recomputed. Default: full; on CPUs dots_except_up."""
     offload: tuple[Literal["optimizer", "reference"], ...] = ()
     """What is kept in the host's memory: optimizer (its moments), reference or both."""
     fit: bool = False

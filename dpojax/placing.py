@@ -92,7 +92,7 @@ def default_dtype() -> str:
 
 def default_remat() -> Remat:
     """On accelerators memory is short; on a CPU products take the time, not sums."""
-    return "dots" if jax.default_backend() == "cpu" else "full"
+    return "dots_except_up" if jax.default_backend() == "cpu" else "full"
 
 
 def read_base(directory: Path, model: Model, mesh: Mesh, seed: int) -> Params:

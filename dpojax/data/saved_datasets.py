@@ -1,0 +1,64 @@
+"""Parquet, Arrow, saved directories and the hub: what the library `datasets` reads.
+
+This file does not know what a row holds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+
+def load_dataset(source: str) -> dict[str | None, list[dict[str, Any]]]:
+    """Rows by split; None stands for data that has no splits.
+
+    Raises:
+      ValueError: for what is not there, or cannot be read.
+    """
+    path = Path(source)
+    is_file = path.suffix in (".jsonl", ".json", ".gz", ".parquet", ".arrow")
+    local = path.exists() or is_file
+    found = _load_local(path) if local else _load_from_hub(source)
+    if isinstance(found, datasets.Dataset):
+        return {None: found.to_list()}
+    return {str(name): part.to_list() for name, part in found.items()}
+
+
+def _load_local(path: Path) -> datasets.Dataset | datasets.DatasetDict:
+    if not path.exists():
+        raise ValueError(f"There is no file or directory {path}.")
+    try:
+        if path.is_dir():
+            found = datasets.load_from_disk(str(path))
+            assert isinstance(found, datasets.Dataset | datasets.DatasetDict)
+            return found
+        if path.suffix == ".parquet":
+            found = datasets.Dataset.from_parquet(str(path))
+            assert isinstance(found, datasets.Dataset)
+            return found
+        if path.suffix == ".arrow":
+            return datasets.Dataset.from_file(str(path))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"{path} cannot be read: {_first_sentence(error)}") from error
+    raise ValueError(
+        f"{path} is of a kind that is not read; give .jsonl, .json, .jsonl.gz, "
+        ".parquet, .arrow or a directory saved by datasets."
+    )
+
+
+def _load_from_hub(name: str) -> datasets.DatasetDict:
+    try:
+        found = datasets.load_dataset(name)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"There is no file {name!r}, nor a data set of that name on the hub: "
+            f"{_first_sentence(error)}"
+        ) from error
+    assert isinstance(found, datasets.DatasetDict)
+    return found
+
+
+def _first_sentence(error: Exception) -> str:
+    line = str(error).partition("\n")[0]
+    return line.partition(". ")[0].removesuffix(".") + "."
