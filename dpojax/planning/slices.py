@@ -37,8 +37,10 @@ def slice_devices(wanted: Slice) -> list[Any]:
         )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # A host of a single chip is the one kind that libtpu does not take for granted.
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if wanted.num_chips == 1 else {}
     try:
-        found = topologies.get_topology_desc(wanted.name, platform="tpu")
+        found = topologies.get_topology_desc(wanted.name, platform="tpu", **bounds)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
