@@ -1,6 +1,7 @@
 """All figures of one step: compiled where it is for a TPU, estimated for a GPU."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,20 @@ def setting_of(planned: Planned, loss: Loss) -> Setting:
         "reference" in loss.needs and planned.batch.reference is None,
         None if lora is None else num_parameters(trained),
         whole and config.microbatches > 1,
+    )
+
+
+def roofline_of(
+    wanted: Slice, flops: float, memory_bytes: float, sent_bytes: Mapping[str, float]
+) -> Roofline:
+    """Of one chip of a slice; what it sends by the kind of collective."""
+    return make_roofline(
+        flops=flops,
+        memory_bytes=memory_bytes,
+        sent_bytes=math.fsum(sent_bytes.values()),
+        peak_flops=wanted.chip.flops,
+        memory_speed=wanted.chip.memory_speed,
+        interconnect_speed=wanted.interconnect_speed,
     )
 
 
@@ -138,13 +153,8 @@ def _compiled(wanted: Slice, planned: Planned, hand: ByHand) -> Figures:
             "from the blocks that these rows' mask leaves, their traffic as each "
             "array once."
         )
-    roofline = make_roofline(
-        flops=compiled.flops,
-        memory_bytes=counts.memory_bytes,
-        sent_bytes=math.fsum(counts.sent_bytes.values()),
-        peak_flops=chip.flops,
-        memory_speed=chip.memory_speed,
-        interconnect_speed=wanted.interconnect_speed,
+    roofline = roofline_of(
+        wanted, compiled.flops, counts.memory_bytes, counts.sent_bytes
     )
     memory = memory_figures(
         compiled.memory, chip.memory, arguments, compiled.temporaries
@@ -178,14 +188,7 @@ def _estimated(
     }
     if peak > chip.memory:
         return {"fits": False, "memory": memory}
-    roofline = make_roofline(
-        flops=hand.flops,
-        memory_bytes=found.memory_bytes,
-        sent_bytes=math.fsum(found.sent_bytes.values()),
-        peak_flops=chip.flops,
-        memory_speed=chip.memory_speed,
-        interconnect_speed=wanted.interconnect_speed,
-    )
+    roofline = roofline_of(wanted, hand.flops, found.memory_bytes, found.sent_bytes)
     return {
         "fits": True,
         "memory": memory,

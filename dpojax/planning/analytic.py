@@ -23,6 +23,7 @@ from dpojax.vocabulary.tiles import TILE
 
 # Products of the backward pass of attention, beside the four that its result needs.
 _MORE_PRODUCTS: dict[Kernel, int] = {"xla": 1, "flash": 3, "cudnn": 1}
+_PROJECTS_AGAIN: tuple[Remat, ...] = ("full", "offload", "save_attention")
 _HALF = 2  # bytes of a number in bfloat16
 
 
@@ -60,8 +61,7 @@ def computed_flops(config: DecoderConfig, batch: Batch, setting: Setting) -> flo
     needed = model_flops(config, batch, setting)
     passes = 2 if setting.adapter_size is not None else 3
     passes += int(setting.has_reference) + int(setting.repeats_forward)
-    is_full = setting.remat in ("full", "offload", "save_attention")
-    passes += _without_last(config) if is_full else 0
+    passes += _projected_again(config, setting.remat)
     padding = np.size(batch.tokens) / num_positions(batch) - 1
     return needed + again + padding * passes * forward.projections
 
@@ -70,8 +70,7 @@ def _again(config: DecoderConfig, forward: Forward, setting: Setting) -> float:
     total = _MORE_PRODUCTS[setting.kernel] / 2 * forward.attention
     if setting.adapter_size is None:
         total += forward.head
-    if setting.remat in ("full", "offload", "save_attention"):
-        total += _without_last(config) * forward.projections
+    total += _projected_again(config, setting.remat) * forward.projections
     if setting.remat in ("full", "offload"):
         total += forward.attention
     if setting.repeats_forward:
@@ -79,8 +78,10 @@ def _again(config: DecoderConfig, forward: Forward, setting: Setting) -> float:
     return total
 
 
-def _without_last(config: DecoderConfig) -> float:
-    """The share of a layer's products without the last."""
+def _projected_again(config: DecoderConfig, remat: Remat) -> float:
+    """The share of a layer's projections that is computed again: all but the last."""
+    if remat not in _PROJECTS_AGAIN:
+        return 0.0
     inside = config.mlp_width
     if config.experts is not None:
         inside = config.experts.width * config.experts.per_token
@@ -186,7 +187,7 @@ def collectives(
     if data:
         found["all-reduce"] = 2 * data * grads
     if tensor:
-        again = 1 if setting.remat in ("full", "offload", "save_attention") else 0
+        again = 1 if setting.remat in _PROJECTS_AGAIN else 0
         times = 2 * config.num_layers * (2 + again + reference) * parts
         hidden = positions * config.width * _HALF
         reduced = times * 2 * tensor * hidden

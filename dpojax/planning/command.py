@@ -10,26 +10,36 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dpojax.bench_inputs import shape_settings
 from dpojax.command_config import PlanConfig, ShapeConfig
 from dpojax.config import MeshConfig
 from dpojax.fit import Way, ways
+from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
-from dpojax.planning.account import account, by_hand, setting_of
+from dpojax.planning.account import account, by_hand, roofline_of, setting_of
 from dpojax.planning.analytic import collectives
 from dpojax.planning.chips import Slice, read_slice
 from dpojax.planning.figures import Figures, show
-from dpojax.planning.roofline import make_roofline
 from dpojax.planning.rows import Rows, first_batch, num_steps, plan_examples
 from dpojax.planning.search import Candidate, Sizes, Tried, mesh_shapes, search
 from dpojax.planning.shapes import model_settings, plan_model, plan_policy
 from dpojax.planning.slices import slice_devices
 from dpojax.planning.step import Planned, plan_step
+from dpojax.policy import Policy
 from dpojax.prepare import check_settings, make_configured_loss
 from dpojax.progress import say
 from dpojax.sharding import AXES, make_mesh, mesh_sizes
+
+
+class _Shaped(NamedTuple):
+    """A run's model on a mesh, in shapes alone."""
+
+    config: PlanConfig  # how it is computed there
+    mesh: Mesh
+    loaded: Loaded
+    policy: Policy
 
 
 class _Job(NamedTuple):
@@ -39,7 +49,7 @@ class _Job(NamedTuple):
     devices: list[Any]  # to compile for; of GPUs one, for shapes alone
     loss: Loss
     settings: dict[str, Any]  # contents of config.json
-    rows: Rows | None = None
+    rows: Rows | None = None  # known once there is a tokenizer
 
 
 def plan(config: PlanConfig) -> Figures:
@@ -55,8 +65,8 @@ def plan(config: PlanConfig) -> Figures:
     by_name = mesh_sizes(**vars(config.mesh), num_devices=job.wanted.num_chips)
     data, fsdp, expert, tensor = (by_name[axis] for axis in AXES)
     sizes = data, fsdp, expert, tensor
-    first = _build(job, config, sizes)
-    job = job._replace(rows=plan_examples(config, job.loss, first.loaded))
+    loaded = _shape(job, config, sizes).loaded
+    job = job._replace(rows=plan_examples(config, job.loss, loaded))
     if config.search:
         figures = _search(job, config)
     else:
@@ -118,20 +128,24 @@ def _check(config: PlanConfig) -> None:
         raise ValueError("--num-examples is counted in the data; leave it out.")
 
 
+def _shape(job: _Job, config: PlanConfig, sizes: Sizes) -> _Shaped:
+    is_tpu = job.wanted.chip.kind == "tpu"
+    on_mesh = dict(zip(AXES, sizes, strict=True)) if is_tpu else {"data": 1}
+    mesh = make_mesh(**on_mesh, devices=job.devices)
+    if not is_tpu and config.attention == "cudnn":
+        config = replace(config, attention="xla")  # there is no GPU to ask
+    loaded = plan_model(config, job.settings, job.loss, mesh)
+    policy = plan_policy(config, job.loss, loaded, mesh)
+    return _Shaped(config, mesh, loaded, policy)
+
+
 def _build(job: _Job, config: PlanConfig, sizes: Sizes) -> Planned:
     """A step for a mesh; nothing is compiled."""
-    is_tpu = job.wanted.chip.kind == "tpu"
+    assert job.rows is not None
     config = replace(config, mesh=MeshConfig(**dict(zip(AXES, sizes, strict=True))))
-    shaped = config
-    if not is_tpu and config.attention == "cudnn":
-        shaped = replace(config, attention="xla")  # there is no GPU to ask
-    on_mesh = vars(config.mesh) if is_tpu else {"data": 1}
-    mesh = make_mesh(**on_mesh, devices=job.devices)
-    loaded = plan_model(shaped, job.settings, job.loss, mesh)
-    policy = plan_policy(config, job.loss, loaded, mesh)
-    rows = job.rows or plan_examples(config, job.loss, loaded)
-    batch = first_batch(config, job.loss, rows, math.prod(sizes[:3]))
-    steps = num_steps(config, rows) or 1000
+    shaped, mesh, loaded, policy = _shape(job, config, sizes)
+    batch = first_batch(config, job.loss, job.rows, math.prod(sizes[:3]))
+    steps = num_steps(config, job.rows) or 1000
     planned = plan_step(shaped, job.loss, loaded, policy, mesh, batch, steps)
     return planned._replace(config=config)
 
@@ -180,8 +194,7 @@ def _candidates(job: _Job, config: PlanConfig) -> list[Candidate]:
     chip, wanted = job.wanted.chip, job.wanted
     candidates = []
     whole = (1, 1 if chip.kind == "gpu" else wanted.num_chips, 1, 1)
-    start = _build(job, config, whole)
-    heads = start.loaded.model.config.num_key_heads
+    heads = _shape(job, config, whole).loaded.model.config.num_key_heads
     num_rows = len(first_batch(config, job.loss, job.rows, 1).tokens)
     for sizes in mesh_shapes(wanted.num_chips, math.gcd(heads, 8), num_rows):
         most = max(config.microbatches, num_rows // math.prod(sizes[:3]))
@@ -195,14 +208,7 @@ def _candidates(job: _Job, config: PlanConfig) -> list[Candidate]:
             bound = hand.flops / chip.flops
             mesh = AbstractMesh(sizes, AXES)
             sent = collectives(planned, setting_of(planned, job.loss), mesh)
-            guess = make_roofline(
-                flops=hand.flops,
-                memory_bytes=0.0,
-                sent_bytes=math.fsum(sent.values()),
-                peak_flops=chip.flops,
-                memory_speed=chip.memory_speed,
-                interconnect_speed=wanted.interconnect_speed,
-            )
+            guess = roofline_of(wanted, hand.flops, 0.0, sent)
             candidates.append(Candidate(sizes, way, bound, guess.seconds))
     return candidates
 
