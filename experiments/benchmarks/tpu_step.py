@@ -26,35 +26,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 
+from dpojax.bench_inputs import shape_settings
+from dpojax.command_config import ShapeConfig
 from dpojax.data.packing import Example, as_batch
 from dpojax.losses.make import make_loss
 from dpojax.models.decoder import Model, make_model
-from dpojax.models.shape import DecoderConfig
+from dpojax.models.families import as_decoder_config
 from dpojax.planning.hlo import parse
+from dpojax.planning.shapes import placed
 from dpojax.planning.walk import count
-from dpojax.sharding import AXES, as_shardings, make_constrain, rows_sharding
+from dpojax.sharding import AXES, make_constrain, rows_sharding
 from dpojax.spread import Spread
 from dpojax.train_step import init_state, make_train_step
 
-SHAPES = {
-    "qwen2.5-0.5b": {
-        "vocabulary_size": 151936, "width": 896, "num_layers": 24, "num_heads": 14,
-        "num_key_heads": 2, "head_dimension": 64, "mlp_width": 4864,
-        "tied_output": True, "qkv_bias": True, "max_length": 32768,
-    },
-    "llama-3.2-1b": {
-        "vocabulary_size": 128256, "width": 2048, "num_layers": 16, "num_heads": 32,
-        "num_key_heads": 8, "head_dimension": 64, "mlp_width": 8192,
-        "tied_output": True, "max_length": 131072,
-    },
-}  # fmt: skip
+SHAPES = "qwen2.5-0.5b", "llama-3.2-1b"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A DPO step for a TPU slice.")
-    parser.add_argument("--model", choices=list(SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--model", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument("--vocabulary", type=int, help="instead of the model's")
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--pairs", type=int, default=8)
@@ -90,10 +82,8 @@ def main() -> None:
 
 
 def lower(args: argparse.Namespace, mesh: Mesh) -> Any:
-    shape = SHAPES[args.model]
-    if args.vocabulary:
-        shape = shape | {"vocabulary_size": args.vocabulary}
-    config = DecoderConfig(**shape)
+    shape = ShapeConfig(name=args.model, vocabulary=args.vocabulary)
+    config = as_decoder_config(shape_settings(shape))
     dtype = jnp.dtype(args.dtype)
     model = make_model(
         config,
@@ -105,13 +95,15 @@ def lower(args: argparse.Namespace, mesh: Mesh) -> Any:
     loss = make_loss("dpo" if args.reference == "live" else "simpo")
     optimizer = optax.adamw(1e-6)
     state = jax.eval_shape(lambda: init_state(zeros(model), optimizer))
-    state = placed(state, as_shardings(state, mesh))
+    state = placed(state, mesh)
     reference = state.params if args.reference == "live" else None
     pair = Example(ones(args.prompt), (ones(args.response), ones(args.response)))
     length = -(-(args.prompt - 1 + 2 * args.response) // 128) * 128
     batch = as_batch([[pair]] * args.pairs, length=length)
-    rows = NamedSharding(mesh, rows_sharding(mesh).spec)
-    batch = placed(batch, jax.tree.map(lambda _: rows, batch))
+    rows = rows_sharding(mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
+    )
     step = make_train_step(
         model.apply,
         loss,
@@ -131,13 +123,6 @@ def zeros(model: Model) -> Any:
 
 def ones(count: int) -> np.ndarray:
     return np.ones(count, np.int32)
-
-
-def placed(tree: Any, shardings: Any) -> Any:
-    def abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(abstract, tree, shardings)
 
 
 if __name__ == "__main__":
