@@ -1,5 +1,6 @@
 """What the backward pass keeps of a layer changes memory and work, and no number."""
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple, get_args
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import AS_USERS_DO
 
 from dpojax.data.packing import Example, as_batch
 from dpojax.models.decoder import DecoderConfig, make_model
@@ -49,6 +51,34 @@ def gradient_of(remat: Remat) -> Gradient:
     numbers = [np.asarray(x) for x in jax.tree.leaves(compiled(params, batch))]
     # As CPUs have one memory, the compiled program does not say it.
     return Gradient(numbers, costs["flops"], "<host>" in str(traced.jaxpr))
+
+
+@pytest.mark.parametrize("remat", ["full", "dots_except_up"])  # defaults; of CPUs last
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_a_forward_pass_is_the_same_bit_for_bit_where_its_gradient_is_taken(
+    compute_dtype: str, remat: Remat
+):
+    """So at step 0 the policy is the reference. The model is as wide as it takes."""
+    wide = replace(CONFIG, width=64, head_dimension=16, mlp_width=128)
+    model = make_model(wide, remat=remat, compute_dtype=jnp.dtype(compute_dtype))
+    params = jax.jit(model.init)(jax.random.key(0))
+    numbers = np.random.default_rng(0).integers(1, 64, (8, 80)).astype(np.int32)
+    rows = [[Example(row[:9], (row[9:39], row[39:]))] for row in numbers]
+    batch = as_batch(rows, length=96)
+
+    def forward(params: Any) -> jax.Array:
+        return model.apply(params, batch)[0]
+
+    def with_gradient(params: Any) -> tuple[jax.Array, Any]:
+        hidden, pull = jax.vjp(forward, params)
+        return hidden, pull(hidden)
+
+    def compiled(function: Any) -> Any:
+        # The tests' own flags would fuse other operations.
+        lowered = jax.jit(function).lower(params)
+        return lowered.compile(compiler_options=AS_USERS_DO)(params)
+
+    assert np.array_equal(compiled(forward), compiled(with_gradient)[0])
 
 
 @pytest.mark.parametrize("remat", [name for name in get_args(Remat) if name != "none"])

@@ -112,7 +112,12 @@ def _forward(
         total = jnp.sum(weight, axis=-1)
         weight = weight.astype(value.dtype)
         output = _contract("rgmqk,rgkd->rgmqd", weight, value[:, :, :stop])
-        outputs.append((output / total[..., None]).astype(query.dtype))
+        # The maximum's second use: the normaliser, which would be one, is wanted only
+        # where a gradient is taken, and with a single use XLA on CPUs fuses it with an
+        # exponential of another last bit. The policy would not be the reference then.
+        seen = (maximum > HIDDEN)[..., None]
+        output = jnp.where(seen, output / total[..., None], 0.0)
+        outputs.append(output.astype(query.dtype))
         normalisers.append(maximum + jnp.log(total))
     return jnp.concatenate(outputs, axis=3), jnp.concatenate(normalisers, axis=3)
 
