@@ -25,6 +25,7 @@ from dpojax.sharding import (
     as_shardings,
     make_by_shard_and_head,
     make_constrain,
+    make_look_up,
     put_everywhere,
 )
 
@@ -75,6 +76,7 @@ def make_kept_model(
         param_dtype=param_dtype,
         remat=keeping.remat,
         constrain=make_constrain(keeping.mesh),
+        look_up=make_look_up(keeping.mesh),
         by_shard=make_by_shard(keeping.mesh),
         quantization=base if base == "int8" or base == "nf4" else None,
         lora=lora,

@@ -234,6 +234,26 @@ def make_by_shard_and_head(
     return by_shard
 
 
+def make_look_up(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Makes ``(table, tokens) -> table[tokens]`` for a table whose width is divided.
+
+    Each device of ``fsdp`` looks up the tokens of all of them in its part of the width;
+    then they exchange. Left alone, the compiler gathers the whole table on meshes with
+    copies, and adds up the whole of its gradient.
+    """
+    copies = tuple(axis for axis in ROWS[0] if axis != "fsdp")
+
+    def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        if table.shape[1] % mesh.shape["fsdp"]:
+            return table[tokens]  # whole on every device, see `_fit`
+        together = NamedSharding(mesh, PartitionSpec(copies))
+        tokens = jax.lax.with_sharding_constraint(tokens, together)
+        by_width = NamedSharding(mesh, PartitionSpec(copies, None, "fsdp"))
+        return jax.lax.with_sharding_constraint(table[tokens], by_width)
+
+    return look_up
+
+
 def make_constrain(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """Pins hidden states to the sharding of their rows.
 

@@ -15,6 +15,7 @@ from dpojax.models.shape import ExpertShape
 from dpojax.sharding import (
     ROWS,
     as_shardings,
+    make_look_up,
     make_mesh,
     make_placement,
     num_row_shards,
@@ -218,3 +219,22 @@ def test_rows_are_placed_over_data_and_fsdp():
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
     starts = {int(shard.data[0, 0]) for shard in placed.addressable_shards}
     assert starts == {0, 6, 12, 18}
+
+
+@pytest.mark.parametrize("width", [16, 15])  # divided, and whole
+def test_tokens_are_looked_up_in_each_devices_part_of_the_width(
+    width: int,
+):
+    """The compiled step of a slice shows why; a CPU's compiler finds it by itself."""
+    mesh = make_mesh(data=2, fsdp=2)
+    table = np.random.default_rng(0).normal(size=(77, width)).astype(np.float32)
+    tokens = np.arange(24, dtype=np.int32).reshape(4, 6) * 3
+    divided = jax.device_put(
+        table, as_shardings({"embedding": table}, mesh)["embedding"]
+    )
+    found = jax.jit(make_look_up(mesh))(
+        divided, jax.device_put(tokens, rows_sharding(mesh))
+    )
+    assert np.array_equal(found, table[tokens])
+    if width % 2 == 0:
+        assert found.sharding.shard_shape(found.shape) == (2, 6, width // 2)

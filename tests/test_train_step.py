@@ -38,6 +38,7 @@ from dpojax.reference_pass import make_reference_step, with_reference
 from dpojax.sharding import (
     as_shardings,
     make_constrain,
+    make_look_up,
     make_mesh,
     make_placement,
     rows_sharding,
@@ -359,7 +360,9 @@ def four_devices() -> Iterator[None]:
 
 def test_four_devices_equal_one(model: Model, params: Any, four_devices: None):
     mesh = make_mesh(data=2, fsdp=2)
-    pinned = make_model(SMALL, constrain=make_constrain(mesh))
+    pinned = make_model(
+        SMALL, constrain=make_constrain(mesh), look_up=make_look_up(mesh)
+    )
     single, single_values, _ = take_steps(model, params, 5)
     sharded, sharded_values, step = take_steps(pinned, params, 5, mesh=mesh)
     assert_close(single.params, sharded.params, 1e-5)

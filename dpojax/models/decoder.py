@@ -31,7 +31,7 @@ from dpojax.models.layers import (
     make_rotations,
     stack_layers,
 )
-from dpojax.models.linear import Attend, Options
+from dpojax.models.linear import Attend, LookUp, Options, take
 from dpojax.models.lora import LoraShape, split_adapters
 from dpojax.models.quantized import Quantization
 from dpojax.models.remat import Remat, as_residual, rematerialize
@@ -73,6 +73,7 @@ def make_model(
     quantization: Quantization | None = None,
     lora: LoraShape | None = None,
     attend: Attend = blockwise_attention,
+    look_up: LookUp = take,
 ) -> Model:
     """Builds a decoder; nothing is allocated.
 
@@ -86,6 +87,7 @@ def make_model(
       quantization: kernels may be quantised so, see `dpojax.models.quantized`.
       lora: the parameters may hold such adapters, see `dpojax.models.lora`.
       attend: attention over whole rows; to a cache, `attention` is used.
+      look_up: reads the tokens' rows of the embedding.
 
     Returns:
       The model's functions. They take parameters with and without adapters, and with
@@ -102,6 +104,7 @@ def make_model(
         constrain,
         by_shard,
         attend=attend,
+        look_up=look_up,
     )
     without_dropout = None if lora is None else replace(lora, dropout=0.0)
     variants = dict.fromkeys(
@@ -262,7 +265,8 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: Array, position: Array) -> Hidden:
         dtype, scale = self.options.compute_dtype, self.config.embedding_scale
-        hidden = self.embedding.embedding[...][tokens].astype(dtype)
+        hidden = self.options.look_up(self.embedding.embedding[...], tokens)
+        hidden = hidden.astype(dtype)
         if scale != 1:
             hidden = hidden * jnp.asarray(scale, dtype)
         if self.config.positions == "learned":

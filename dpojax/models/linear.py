@@ -20,6 +20,12 @@ from dpojax.precision import precision_of
 
 # (query, key, value, example, branch, window=, scale=, cap=) -> attended values
 Attend = Callable[..., Array]
+LookUp = Callable[[Array, Array], Array]  # (table, tokens) -> their rows
+
+
+def take(table: Array, tokens: Array) -> Array:
+    """Rows of a table that one device has."""
+    return table[tokens]
 
 
 class Options(NamedTuple):
@@ -33,6 +39,7 @@ class Options(NamedTuple):
     quantization: Quantization | None = None  # of projections' kernels
     lora: LoraShape | None = None
     attend: Attend = blockwise_attention
+    look_up: LookUp = take
 
 
 class Linear(nnx.Module):
