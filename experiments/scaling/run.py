@@ -3,11 +3,13 @@
     pip install 'dpojax[plan]'
     python experiments/scaling/run.py --model qwen2.5-0.5b --output experiments/scaling
 
-compiles the step of `dpojax plan` for each slice, all parameters shared by all chips
-(fsdp), and writes a table and the plans. What theory says of the interconnect: a chip
-of n sends (n - 1) / n of what it gathers and scatters: layers' matrices in bfloat16,
-gathered for the policy, for the reference and for the backward pass, their gradients
-once; of the embedding likewise, its gradient in float32.
+compiles the step of `dpojax plan` for each slice and writes a table and the plans. All
+parameters are shared by all chips, or with `--fsdp N` by N, with copies of these. What
+theory says of the interconnect: of n chips that share a copy each sends (n - 1) / n of
+what it gathers and scatters: layers' matrices in bfloat16, gathered for the policy, for
+the reference and for the backward pass, their gradients once; of the embedding
+likewise, its gradient in float32. With k copies it then sends 2 (k - 1) / k of its
+share of the gradients.
 """
 
 import argparse
@@ -28,10 +30,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Weak scaling by the compiler.")
     parser.add_argument("--model", default="llama-3.2-1b")
     parser.add_argument("--rows-per-chip", type=int, default=2)
+    parser.add_argument("--fsdp", type=int, help="chips that share a copy; all")
     parser.add_argument("--slices", nargs="+", default=SLICES)
     parser.add_argument("--output", type=Path, default=Path("experiments/scaling"))
     args = parser.parse_args()
-    file = args.output / f"{args.model}.jsonl"
+    shared = "" if args.fsdp is None else f"-fsdp-{args.fsdp}"
+    file = args.output / f"{args.model}{shared}.jsonl"
     plans = []
     for name in args.slices:
         chips = read_slice(name).num_chips
@@ -41,7 +45,7 @@ def main() -> None:
             prompt_tokens=1024,
             completion_tokens=512,  # a pair fills a row of 2,048
             batch_size=args.rows_per_chip * chips,
-            mesh=MeshConfig(data=1, fsdp=chips),
+            mesh=MeshConfig(data=-1, fsdp=args.fsdp or chips),
         )
         plans.append(plan(config))
         file.write_text("".join(json.dumps(one) + "\n" for one in plans), "utf-8")
@@ -84,7 +88,10 @@ def theory(figures: dict[str, Any]) -> float:
     matrices = 2 if not settings.get("tie_word_embeddings") else 1
     layers = figures["parameters"] - matrices * embedding
     whole = 4 * 2 * layers + (3 * 2 + 4) * embedding
-    return whole * (1 - 1 / figures["chips"])
+    gradients = 2 * layers + 4 * embedding
+    shared = figures["mesh"]["fsdp"]
+    copies = figures["chips"] // shared
+    return whole * (1 - 1 / shared) + gradients / shared * 2 * (1 - 1 / copies)
 
 
 def _flops(figures: dict[str, Any]) -> float:
