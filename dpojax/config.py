@@ -48,6 +48,8 @@ class MeshConfig:
     """Devices that share each matrix product."""
     expert: int = 1
     """Devices that divide a copy's experts among them, each with its own rows."""
+    context: int = 1
+    """Devices that share long rows, each with a part of their positions."""
 
 
 @dataclass(frozen=True, kw_only=True)

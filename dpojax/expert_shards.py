@@ -30,7 +30,8 @@ class ExpertShard(NamedTuple):
         """Arrays, rows first, with the rows of all devices that share experts."""
         if self.axis is None:
             return rows
-        return jax.tree.map(lambda array: _gather(array, self.axis), rows)
+        axis = self.axis
+        return jax.tree.map(lambda array: gather_exactly(array, axis), rows)
 
     def scatter(self, rows: Array) -> Array:
         """The sum over these devices, of this device's own rows."""
@@ -102,21 +103,27 @@ def _spread_backward(axes: tuple[str, ...], _: None, slopes: Any) -> tuple[Any]:
 _spread.defvjp(_spread_forward, _spread_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(array: Array, axis: str | None) -> Array:
-    """Rows of all devices of an axis; their gradients are summed in float32 too."""
-    return jax.lax.all_gather(array, axis, tiled=True)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_exactly(array: Array, axis: str, dimension: int = 0) -> Array:
+    """The parts of all devices of an axis; their gradients are summed in float32 too.
+
+    Args:
+      array: this device's part.
+      axis: of the mesh.
+      dimension: that is divided.
+    """
+    return jax.lax.all_gather(array, axis, axis=dimension, tiled=True)
 
 
-def _gather_forward(array: Array, axis: str | None) -> tuple[Array, None]:
-    return _gather(array, axis), None
+def _gather_forward(array: Array, axis: str, dimension: int) -> tuple[Array, None]:
+    return gather_exactly(array, axis, dimension), None
 
 
-def _gather_backward(axis: str | None, _: None, slope: Array) -> tuple[Array]:
+def _gather_backward(axis: str, dimension: int, _: None, slope: Array) -> tuple[Array]:
     whole = jax.lax.psum_scatter(
-        slope.astype(jnp.float32), axis, scatter_dimension=0, tiled=True
+        slope.astype(jnp.float32), axis, scatter_dimension=dimension, tiled=True
     )
     return (whole.astype(slope.dtype),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+gather_exactly.defvjp(_gather_forward, _gather_backward)

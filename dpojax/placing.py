@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dpojax.context import make_by_context
 from dpojax.expert_shards import make_by_shard
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config
@@ -59,6 +60,12 @@ def make_kept_model(
             f"--mesh.expert is {num_parts}, and the model has {num_experts} experts in "
             "a layer; it must divide them."
         )
+    num_contexts = keeping.mesh.shape["context"]
+    if num_contexts > 1 and num_experts:
+        raise ValueError(
+            f"--mesh.context is {num_contexts}, and the model has experts, which sort "
+            "whole rows; leave it out."
+        )
     compute_dtype = jnp.dtype(keeping.compute_dtype or default_dtype())
     base = keeping.base_dtype
     platform = keeping.mesh.devices.flat[0].platform
@@ -81,8 +88,11 @@ def make_kept_model(
         quantization=base if base == "int8" or base == "nf4" else None,
         lora=lora,
         attend=make_attend(
-            choose_kernel(keeping.attention, config.head_dimension, platform),
+            choose_kernel(
+                keeping.attention, config.head_dimension, platform, num_contexts
+            ),
             make_by_shard_and_head(keeping.mesh),
+            make_by_context(keeping.mesh),
         ),
     )
 

@@ -25,8 +25,9 @@ from dpojax.slices import Devices, arrange
 
 Batch = TypeVar("Batch")
 Placed = TypeVar("Placed")
-AXES = ("data", "fsdp", "expert", "tensor")
-ROWS = PartitionSpec(("data", "fsdp", "expert"))  # of a batch, and of activations
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+ROWS = PartitionSpec(("data", "fsdp", "expert"))  # of a batch
+TOKENS = PartitionSpec(*ROWS, "context")  # of activations: each row's positions too
 
 # First match wins; a dimension that its axes do not divide stays whole.
 RULES = (
@@ -52,6 +53,7 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     expert: int = 1,
+    context: int = 1,
     *,
     devices: Devices | None = None,
 ) -> Mesh:
@@ -63,6 +65,7 @@ def make_mesh(
       tensor: devices that share each matrix product.
       expert: devices that share a copy's experts, each with whole ones, and see
         different rows.
+      context: devices that share each row, each with a part of its positions.
       One of them may be -1: what is left of the devices.
       devices: others than those that are there.
 
@@ -71,24 +74,33 @@ def make_mesh(
         `data`.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(data, fsdp, tensor, expert, num_devices=len(devices))
+    sizes = mesh_sizes(data, fsdp, tensor, expert, context, num_devices=len(devices))
     placed = arrange([sizes[name] for name in AXES], devices)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_sizes(
-    data: int, fsdp: int, tensor: int, expert: int, *, num_devices: int
+    data: int,
+    fsdp: int,
+    tensor: int,
+    expert: int,
+    context: int = 1,
+    *,
+    num_devices: int,
 ) -> dict[str, int]:
     """The sizes of `make_mesh`'s axes by their names, none of them -1."""
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}
+    given = (data, fsdp, expert, context, tensor)
+    sizes: dict[str, int] = dict(zip(AXES, given, strict=True))
     unknown = [name for name, size in sizes.items() if size == -1]
     if len(unknown) == 1:
         known = max(1, -prod(sizes.values()))
         sizes[unknown[0]] = max(1, num_devices // known)
     if min(sizes.values()) < 1 or prod(sizes.values()) != num_devices:
-        given = f"data={data}, fsdp={fsdp}, tensor={tensor}, expert={expert}"
+        told = ", ".join(
+            f"{name}={size}" for name, size in zip(AXES, given, strict=True)
+        )
         raise ValueError(
-            f"The mesh {given} does not fit {num_devices} devices; their product must "
+            f"The mesh {told} does not fit {num_devices} devices; their product must "
             "be that number."
         )
     return sizes
@@ -248,16 +260,26 @@ def make_look_up(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
             return table[tokens]  # whole on every device, see `_fit`
         together = NamedSharding(mesh, PartitionSpec(copies))
         tokens = jax.lax.with_sharding_constraint(tokens, together)
-        by_width = NamedSharding(mesh, PartitionSpec(copies, None, "fsdp"))
+        part = _positions(mesh, tokens.shape[1])
+        by_width = NamedSharding(mesh, PartitionSpec(copies, part, "fsdp"))
         return jax.lax.with_sharding_constraint(table[tokens], by_width)
 
     return look_up
 
 
 def make_constrain(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Pins hidden states to the sharding of their rows.
+    """Pins hidden states to the sharding of their rows and positions.
 
     Pinned once, in the layer scan, the compiler does not move them between layers.
     """
-    sharding = rows_sharding(mesh)
-    return lambda hidden: jax.lax.with_sharding_constraint(hidden, sharding)
+
+    def constrain(hidden: jax.Array) -> jax.Array:
+        spec = PartitionSpec(*ROWS, _positions(mesh, hidden.shape[1]))
+        return jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, spec))
+
+    return constrain
+
+
+def _positions(mesh: Mesh, length: int) -> str | None:
+    """The axis of positions; those of a cache's one token, say, are on every device."""
+    return None if length % mesh.shape["context"] else "context"

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from dpojax.sharding import ROWS, as_shardings
+from dpojax.sharding import TOKENS, as_shardings
 
 
 class MatrixShard(NamedTuple):
@@ -70,7 +70,8 @@ class Spread(NamedTuple):
         if self.mesh is None:
             return MatrixShard()
         vocabulary, width = (self._axes(part) for part in self.matrix_spec(matrix))
-        return MatrixShard(vocabulary, width, self._axes(ROWS[0]))
+        rows, positions = (self._axes(part) for part in TOKENS)
+        return MatrixShard(vocabulary, width, rows + positions)
 
     def matrix_spec(self, matrix: Array) -> PartitionSpec:
         """The sharding rule's for an embedding of this shape, of two dimensions."""

@@ -25,7 +25,7 @@ from dpojax.precision import precision_of
 
 
 def blockwise_attention(
-    query: Float[Array, "rows length heads dimension"],
+    query: Float[Array, "rows queries heads dimension"],
     key: Float[Array, "rows length key_heads dimension"],
     value: Float[Array, "rows length key_heads dimension"],
     example: Int[Array, "rows length"],
@@ -35,12 +35,13 @@ def blockwise_attention(
     scale: float | None = None,
     cap: float | None = None,
     block: int | None = None,
-) -> Float[Array, "rows length heads dimension"]:
+    offset: Int[Array, ""] | None = None,
+) -> Float[Array, "rows queries heads dimension"]:
     """What `dpojax.models.attention.attention` gives for whole rows.
 
     Args:
-      query: queries of every token of each row.
-      key: keys likewise, of as many heads or a divisor of them.
+      query: queries of every token of each row, or of those from `offset` on.
+      key: keys of every token, of as many heads or a divisor of them.
       value: values likewise.
       example: number of the example that each token belongs to; 0 is padding.
       branch: 0 for a prompt's token, k for one of the k-th completion.
@@ -48,18 +49,20 @@ def blockwise_attention(
       scale: multiplies the scores; None: ``dimension ** -0.5``.
       cap: scores become ``cap * tanh(score / cap)``; None: they stay.
       block: queries of a block; None: by the rows' length.
+      offset: the first query's place in its row, where queries are a part of it. As it
+        is not known when the program is compiled, each block meets all keys then.
 
     Returns:
       The attended values, in the dtype of the queries.
     """
-    length = query.shape[1]
+    length = key.shape[1]
     how = _How(
         1 / math.sqrt(query.shape[-1]) if scale is None else scale,
         cap,
         choose_block(length) if block is None else block,
     )
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
-    rows = _Rows(jnp.asarray(example), jnp.asarray(branch), window)
+    rows = _Rows(jnp.asarray(example), jnp.asarray(branch), window, offset)
     heads = (
         jnp.moveaxis(grouped, 1, 3),
         jnp.swapaxes(key, 1, 2),
@@ -85,16 +88,21 @@ class _Rows(NamedTuple):
     example: Array
     branch: Array
     window: Window | None
+    offset: Array | None  # of the first query, where queries are a part of the row
+
+    def reach(self, stop: int) -> int:
+        """How many keys the queries before `stop` can see."""
+        return stop if self.offset is None else self.example.shape[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     how: _How,
-    query: Float[Array, "rows key_heads group length dimension"],
+    query: Float[Array, "rows key_heads group queries dimension"],
     key: Float[Array, "rows key_heads length dimension"],
     value: Float[Array, "rows key_heads length dimension"],
     rows: _Rows,
-) -> Float[Array, "rows key_heads group length dimension"]:
+) -> Float[Array, "rows key_heads group queries dimension"]:
     return _forward(how, query, key, value, rows)[0]
 
 
@@ -105,13 +113,14 @@ def _forward(
     outputs, normalisers = [], []
     for start, stop in _blocks(query.shape[3], how.block):
         here = _after(query[..., start:stop, :], outputs)
-        scores = _scores(how, here, key[:, :, :stop])
+        reach = rows.reach(stop)
+        scores = _scores(how, here, key[:, :, :reach])
         scores = jnp.where(_mask(rows, start, stop), scores, HIDDEN)
         maximum = jnp.max(scores, axis=-1)
         weight = jnp.exp(scores - maximum[..., None])
         total = jnp.sum(weight, axis=-1)
         weight = weight.astype(value.dtype)
-        output = _contract("rgmqk,rgkd->rgmqd", weight, value[:, :, :stop])
+        output = _contract("rgmqk,rgkd->rgmqd", weight, value[:, :, :reach])
         # The maximum's second use: the normaliser, which would be one, is wanted only
         # where a gradient is taken, and with a single use XLA on CPUs fuses it with an
         # exponential of another last bit. The policy would not be the reference then.
@@ -137,7 +146,8 @@ def _backward_rule(how: _How, kept: tuple, slope: Array) -> tuple:
     by_key, by_value = (jnp.zeros(array.shape, jnp.float32) for array in (key, value))
     for start, stop in _blocks(query.shape[3], how.block):
         here = (..., slice(start, stop), slice(None))
-        seen, read = key[:, :, :stop], value[:, :, :stop]
+        reach = rows.reach(stop)
+        seen, read = key[:, :, :reach], value[:, :, :reach]
         asked = _after(query[here], by_query)
         scores = _scores(how, asked, seen)
         weight = jnp.exp(scores - normaliser[..., start:stop, None])
@@ -150,9 +160,9 @@ def _backward_rule(how: _How, kept: tuple, slope: Array) -> tuple:
         weight = weight.astype(value.dtype)
         by_query.append(_contract("rgmqk,rgkd->rgmqd", by_scores, seen))
         added = _contract("rgmqk,rgmqd->rgkd", by_scores, asked)
-        by_key = by_key.at[:, :, :stop].add(added)
+        by_key = by_key.at[:, :, :reach].add(added)
         added = _contract("rgmqk,rgmqd->rgkd", weight, slope[here])
-        by_value = by_value.at[:, :, :stop].add(added)
+        by_value = by_value.at[:, :, :reach].add(added)
     whole = jnp.concatenate(by_query, axis=3).astype(query.dtype)
     return whole, by_key.astype(key.dtype), by_value.astype(value.dtype), None
 
@@ -172,11 +182,12 @@ def _after(queries: Array, done: list[Array]) -> Array:
 
 def _mask(rows: _Rows, start: int, stop: int) -> Array:
     """``[rows, 1, 1, queries, keys]`` of the queries from `start` to `stop`."""
-    window = rows.window
+    window, reach = rows.window, rows.reach(stop)
     if window is not None:
-        window = Window(window.position[:, :stop], window.size)
-    example, branch = rows.example[:, :stop], rows.branch[:, :stop]
-    return visible(example, branch, stop - start, start, window)[:, None, None]
+        window = Window(window.position[:, :reach], window.size)
+    example, branch = rows.example[:, :reach], rows.branch[:, :reach]
+    first = start if rows.offset is None else start + rows.offset
+    return visible(example, branch, stop - start, first, window)[:, None, None]
 
 
 def _scores(how: _How, query: Array, key: Array) -> Array:

@@ -24,7 +24,10 @@ _FUNCTIONS: dict[Kernel, Attend] = {"flash": flash_attention, "cudnn": cudnn_att
 
 
 def choose_kernel(
-    choice: KernelChoice, head_dimension: int, platform: str | None = None
+    choice: KernelChoice,
+    head_dimension: int,
+    platform: str | None = None,
+    num_contexts: int = 1,
 ) -> Kernel:
     """The kernel of that name; ``auto``: flash on TPUs where it can, elsewhere XLA's.
 
@@ -32,10 +35,18 @@ def choose_kernel(
       choice: its name.
       head_dimension: of the model.
       platform: of the devices that compute; None: those that are there.
+      num_contexts: parts into which a row's positions are divided.
 
     Raises:
-      ValueError: for a kernel of another kind of machine.
+      ValueError: for a kernel of another kind of machine, or that needs whole rows.
     """
+    if num_contexts > 1:
+        if choice not in ("auto", "xla"):
+            raise ValueError(
+                f"--attention {choice} needs whole rows, and --mesh.context "
+                f"{num_contexts} divides them; leave one of the two out."
+            )
+        return "xla"
     backend = platform or jax.default_backend()
     if choice == "auto":
         can = backend == "tpu" and head_dimension <= LARGEST_DIMENSION
@@ -49,7 +60,9 @@ def choose_kernel(
 
 
 def make_attend(
-    kernel: Kernel, by_shard: Callable[[Attend], Attend] = lambda attend: attend
+    kernel: Kernel,
+    by_shard: Callable[[Attend], Attend] = lambda attend: attend,
+    by_context: Callable[[Attend], Attend] = lambda attend: attend,
 ) -> Attend:
     """A model's attention over whole rows.
 
@@ -57,9 +70,10 @@ def make_attend(
       kernel: its name.
       by_shard: makes kernels, which XLA does not divide, be computed by each shard of
         rows and heads for itself.
+      by_context: makes XLA's attention be computed by each part of a row for itself.
     """
     if kernel == "xla":
-        return blockwise_attention
+        return by_context(blockwise_attention)
     function = _FUNCTIONS[kernel]
 
     def attend(

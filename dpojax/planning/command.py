@@ -63,8 +63,8 @@ def plan(config: PlanConfig) -> Figures:
     """
     config, job = _prepare(config)
     by_name = mesh_sizes(**vars(config.mesh), num_devices=job.wanted.num_chips)
-    data, fsdp, expert, tensor = (by_name[axis] for axis in AXES)
-    sizes = data, fsdp, expert, tensor
+    data, fsdp, expert, context, tensor = (by_name[axis] for axis in AXES)
+    sizes = data, fsdp, expert, context, tensor
     loaded = _shape(job, config, sizes).loaded
     job = job._replace(rows=plan_examples(config, job.loss, loaded))
     if config.search:
@@ -87,13 +87,14 @@ def _prepare(config: PlanConfig) -> tuple[PlanConfig, _Job]:
     loss = make_configured_loss(config.loss)
     check_settings(config, loss)
     _check(config)
-    if wanted.chip.kind == "gpu" and config.mesh.expert != 1:
-        raise ValueError(
-            f"What experts exchange is not estimated for {wanted.name}; leave out "
-            "--mesh.expert, or plan for a TPU slice."
-        )
-    if config.search and config.mesh.expert != 1:
-        raise ValueError("--search tries no axis of experts; leave out --mesh.expert.")
+    for axis in ("expert", "context"):
+        if wanted.chip.kind == "gpu" and vars(config.mesh)[axis] != 1:
+            raise ValueError(
+                f"What devices of --mesh.{axis} exchange is not estimated for "
+                f"{wanted.name}; leave it out, or plan for a TPU slice."
+            )
+        if config.search and vars(config.mesh)[axis] != 1:
+            raise ValueError(f"--search does not try --mesh.{axis}; leave it out.")
     # Nothing of a machine that is here is used, so that the plan is the same anywhere.
     jax.config.update("jax_platforms", "cpu")
     # jax cannot load programs for devices that are not there from its cache.
@@ -193,7 +194,7 @@ def _candidates(job: _Job, config: PlanConfig) -> list[Candidate]:
     assert job.rows is not None
     chip, wanted = job.wanted.chip, job.wanted
     candidates = []
-    whole = (1, 1 if chip.kind == "gpu" else wanted.num_chips, 1, 1)
+    whole = (1, 1 if chip.kind == "gpu" else wanted.num_chips, 1, 1, 1)
     heads = _shape(job, config, whole).loaded.model.config.num_key_heads
     num_rows = len(first_batch(config, job.loss, job.rows, 1).tokens)
     for sizes in mesh_shapes(wanted.num_chips, math.gcd(heads, 8), num_rows):

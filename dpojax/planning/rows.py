@@ -79,7 +79,9 @@ def first_batch(config: PlanConfig, loss: Loss, rows: Rows, num_shards: int) -> 
     )
 
 
-def scored_chunks(batch: Batch, num_shards: int, num_parts: int, chunk: int) -> float:
+def scored_chunks(
+    batch: Batch, num_shards: int, num_parts: int, chunk: int, num_contexts: int = 1
+) -> float:
     """Chunks of scored positions of a device's rows of a microbatch, on average.
 
     Args:
@@ -87,9 +89,11 @@ def scored_chunks(batch: Batch, num_shards: int, num_parts: int, chunk: int) -> 
       num_shards: ways in which rows are divided.
       num_parts: microbatches.
       chunk: positions of a chunk.
+      num_contexts: parts into which a row's positions are divided.
     """
-    scored = np.count_nonzero(batch.scored, axis=1)
-    parts = scored.reshape(num_shards, -1, num_parts).sum(axis=1)
+    rows = np.asarray(batch.scored).reshape(len(batch.scored), num_contexts, -1)
+    scored = np.count_nonzero(rows, axis=2)
+    parts = scored.reshape(num_shards, -1, num_parts, num_contexts).sum(axis=1)
     return float(np.mean(np.ceil(parts / chunk)))
 
 

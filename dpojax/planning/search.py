@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dpojax.fit import Way
 
-Sizes = tuple[int, int, int, int]  # of the mesh: data, fsdp, expert, tensor
+Sizes = tuple[int, int, int, int, int]  # of the mesh, by `dpojax.sharding.AXES`
 # So near the best that a program which may be better is not worth compiling.
 _NEAR = 0.98
 
@@ -23,9 +23,8 @@ class Candidate(NamedTuple):
     guess: float  # seconds, for the order in which candidates are tried
 
     def __str__(self) -> str:
-        data, fsdp, expert, tensor = self.sizes
-        experts = f"expert {expert}, " if expert > 1 else ""
-        return f"data {data}, fsdp {fsdp}, {experts}tensor {tensor}, {self.way}"
+        data, fsdp, _, _, tensor = self.sizes
+        return f"data {data}, fsdp {fsdp}, tensor {tensor}, {self.way}"
 
 
 class Tried(NamedTuple):
@@ -44,7 +43,7 @@ class Found(NamedTuple):
 
 
 def mesh_shapes(num_chips: int, most_tensor: int, num_rows: int) -> Iterator[Sizes]:
-    """Meshes of a number of chips; none of them has an axis of experts.
+    """Meshes of a number of chips; no experts and no positions are divided.
 
     Args:
       num_chips: their product.
@@ -54,7 +53,7 @@ def mesh_shapes(num_chips: int, most_tensor: int, num_rows: int) -> Iterator[Siz
     for tensor in _divisors(num_chips):
         if most_tensor % tensor == 0 and num_chips // tensor <= num_rows:
             for fsdp in _divisors(num_chips // tensor):
-                yield num_chips // tensor // fsdp, fsdp, 1, tensor
+                yield num_chips // tensor // fsdp, fsdp, 1, 1, tensor
 
 
 def search(

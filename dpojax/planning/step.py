@@ -198,9 +198,10 @@ class _ChunkLoop:
     def __init__(self, planned: Planned):
         rows, length = planned.batch.tokens.shape
         parts = planned.config.microbatches
-        shards = num_row_shards(planned.mesh)
-        self.chunk = min(planned.config.chunk_size, rows * length // shards // parts)
-        self.turns = scored_chunks(planned.batch, shards, parts, self.chunk)
+        shards, contexts = num_row_shards(planned.mesh), planned.mesh.shape["context"]
+        positions = rows * length // shards // parts // contexts
+        self.chunk = min(planned.config.chunk_size, positions)
+        self.turns = scored_chunks(planned.batch, shards, parts, self.chunk, contexts)
 
     def __call__(self, loop: Instruction) -> float:
         if any(self.chunk in shape.dimensions for shape in loop.shapes):

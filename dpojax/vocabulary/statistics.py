@@ -21,7 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from dpojax.sharding import ROWS
+from dpojax.sharding import TOKENS
 from dpojax.spread import MatrixShard, Spread
 from dpojax.vocabulary.backward import backward
 from dpojax.vocabulary.forward import Kept, TokenStatistics, forward
@@ -88,7 +88,7 @@ def _specs(spread: Spread, operand: Operand | None) -> Any:
     matrix = spread.matrix_spec(operand.matrix)
     bias = None if operand.bias is None else PartitionSpec(matrix[0])
     cap = None if operand.cap is None else PartitionSpec()
-    specs: Any = (ROWS, matrix, bias, cap)
+    specs: Any = (TOKENS, matrix, bias, cap)
     return Operand(*specs)
 
 
@@ -110,8 +110,8 @@ def _forward(
 ) -> tuple[TokenStatistics, Kept]:
     spread = how.spread
     local = partial(forward, how, _shards(spread, this, other), keeps_slope)
-    in_specs = (_specs(spread, this), _specs(spread, other), ROWS, ROWS)
-    return spread.map(local, in_specs, ROWS)(this, other, labels, scored)
+    in_specs = (_specs(spread, this), _specs(spread, other), TOKENS, TOKENS)
+    return spread.map(local, in_specs, TOKENS)(this, other, labels, scored)
 
 
 def _backward(
@@ -127,6 +127,6 @@ def _backward(
     spread = how.spread
     specs = _specs(spread, this), _specs(spread, other)
     local = partial(backward, how, _shards(spread, this, other))
-    in_specs = (*specs, ROWS, ROWS, ROWS, ROWS, ROWS)
+    in_specs = (*specs, TOKENS, TOKENS, TOKENS, TOKENS, TOKENS)
     mapped = spread.map(local, in_specs, specs[0])
     return mapped(this, other, labels, scored, kept, log_prob, kl)
