@@ -70,7 +70,8 @@ def take_step(shape: str, objective: str, mesh_name: str | None) -> Any:
     """The metrics of a step of size 1, and the parameters after it."""
     config, loss, optimizer = SHAPES[shape], make_loss(objective), optax.sgd(1.0)
     batch, options, how = make_batch(), {}, {}
-    mesh = None if mesh_name is None else make_mesh(**MESHES[mesh_name])
+    sizes: Any = None if mesh_name is None else MESHES[mesh_name]
+    mesh = None if sizes is None else make_mesh(**sizes)
     if mesh is not None:
         options = {
             "constrain": make_constrain(mesh),

@@ -40,6 +40,7 @@ from dpojax.run import run
 from dpojax.sharding import (
     as_shardings,
     make_constrain,
+    make_look_up,
     make_mesh,
     rows_sharding,
 )
@@ -381,7 +382,10 @@ def test_no_token_leaves_its_device_for_an_expert(tmp_path: Path):
     write_model(tmp_path / "model", params, settings, tokenizer.save_pretrained)
     loaded = load_model(str(tmp_path / "model"), Keeping(mesh, "float32"))
     dense = make_model(
-        replace(config, experts=None), constrain=make_constrain(mesh), remat="none"
+        replace(config, experts=None),
+        constrain=make_constrain(mesh),
+        look_up=make_look_up(mesh),
+        remat="none",
     )
     batch = make_batch(length=23)
 

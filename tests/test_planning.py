@@ -206,12 +206,12 @@ def test_scored_chunks_are_those_of_a_microbatch_on_a_device():
 
 def test_meshes_divide_chips_heads_and_rows():
     found = list(mesh_shapes(8, most_tensor=2, num_rows=4))
-    assert found == [(4, 1, 1, 2), (2, 2, 1, 2), (1, 4, 1, 2)]
+    assert found == [(4, 1, 1, 1, 2), (2, 2, 1, 1, 2), (1, 4, 1, 1, 2)]
 
 
 def test_a_search_stops_where_nothing_can_be_faster():
     def candidate(remat: Any, bound: float, parts: int = 1) -> Candidate:
-        return Candidate((1, 4, 1, 1), Way(remat, parts), bound, bound)
+        return Candidate((1, 4, 1, 1, 1), Way(remat, parts), bound, bound)
 
     needed = {"none": None, "dots": 5.0, "full": 9.0}
     told: list[Tried] = []

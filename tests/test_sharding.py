@@ -51,20 +51,21 @@ def as_specs(tree: Any, mesh: jax.sharding.Mesh) -> dict[str, P]:
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ({}, (4, 1, 1, 1)),
-        ({"data": 2, "fsdp": -1}, (2, 2, 1, 1)),
-        ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 1, 2)),
-        ({"data": -1, "tensor": 4}, (1, 1, 1, 4)),
-        ({"data": 1, "fsdp": 4}, (1, 4, 1, 1)),
-        ({"expert": 2}, (2, 1, 2, 1)),
+        ({}, (4, 1, 1, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 2, 1, 1, 1)),
+        ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 1, 1, 2)),
+        ({"data": -1, "tensor": 4}, (1, 1, 1, 1, 4)),
+        ({"data": 1, "fsdp": 4}, (1, 4, 1, 1, 1)),
+        ({"expert": 2}, (2, 1, 2, 1, 1)),
+        ({"context": 2}, (2, 1, 1, 2, 1)),
     ],
 )
 def test_one_size_may_be_what_is_left_of_the_devices(
-    sizes: dict[str, Any], expected: tuple[int, int, int, int]
+    sizes: dict[str, Any], expected: tuple[int, ...]
 ):
     mesh = make_mesh(**sizes)
     assert tuple(mesh.shape.values()) == expected
-    assert num_row_shards(mesh) == 4 // expected[3]
+    assert num_row_shards(mesh) == 4 // expected[3] // expected[4]
 
 
 @pytest.mark.parametrize(
