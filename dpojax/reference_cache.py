@@ -100,14 +100,17 @@ def read_cache(cache: Cache) -> dict[bytes, Numbers]:
     """The numbers that are there, by the keys of their examples.
 
     A file whose contents are not those that it was written with is said to be damaged
-    and removed; its numbers are computed again.
+    and removed; its numbers are computed again. Another process may have met it first.
     """
     known: dict[bytes, Numbers] = {}
     for path in sorted(cache.directory.glob("*.safetensors")):
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
         if hashlib.sha256(content).hexdigest() != path.stem:
             say(f"{path} is damaged and removed; its numbers are computed again.")
-            path.unlink()
+            path.unlink(missing_ok=True)
             continue
         tensors = load(content)
         keys = (key.tobytes() for key in tensors["keys"])

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import SMALL, keep_gradient
 
 from dpojax import precompute as precompute_room
+from dpojax import reference_cache
 from dpojax.cli import main
 from dpojax.command_config import EvalConfig, ReferenceConfig
 from dpojax.commands import evaluate_policy
@@ -267,6 +268,68 @@ def test_what_truncation_leaves_decides_and_only_what_is_new_is_computed(
     assert count(replace(kept, data=(str(tmp_path / "pairs.jsonl"),))).computed == 1
 
 
+def test_another_chat_template_is_computed_again(
+    cached: TrainConfig, tmp_path: Path, count: Any
+):
+    """The second renders the first of two chats otherwise, and the other alike."""
+    model = tmp_path / "model"
+    shutil.copytree(str(cached.model), model)
+    chats = [
+        {
+            "prompt": [{"role": "user", "content": asked}],
+            "chosen": [{"role": "assistant", "content": "I loved it"}],
+            "rejected": [{"role": "assistant", "content": "I hated it"}],
+        }
+        for asked in ("the film", "the book", "a novel")
+    ]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    kept = replace(
+        cached,
+        model=str(model),
+        data=(str(data),),
+        test_size=1,
+        reference_cache=str(tmp_path / "kept"),
+    )
+
+    def counted(before_books: str) -> int:
+        template = (
+            "{% for m in messages %}{% if 'book' in m['content'] %}"
+            + before_books
+            + "{% endif %} {{ m['content'] }} {{ eos_token }}{% endfor %}"
+        )
+        (model / "chat_template.jinja").write_text(template)
+        return count(kept).computed
+
+    assert [counted(text) for text in ("", "", "really")] == [3, 0, 1]
+
+
+def test_other_adapters_are_computed_again(
+    config: TrainConfig, cached: TrainConfig, tmp_path: Path, count: Any
+):
+    """Trained further, adapters are their own reference: their numbers and scale."""
+    lora, first = LoraConfig(rank=2), tmp_path / "first"
+    few = {"steps": 1, "sample_prompts": 0}
+    run(replace(config, output=str(first), lora=lora, **few))
+    kept = replace(cached, reference_cache=str(tmp_path / "kept"))
+
+    def counted(name: str) -> int:
+        return count(replace(kept, model=str(tmp_path / name))).computed
+
+    shutil.move(first / "final", tmp_path / "own")
+    for name in ("moved", "trained", "scaled"):
+        shutil.copytree(tmp_path / "own", tmp_path / name)
+    weights = tmp_path / "trained/adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name] * 1.001}, weights, {"format": "pt"})
+    settings = tmp_path / "scaled/adapter_config.json"
+    held = json.loads(settings.read_text())
+    settings.write_text(json.dumps(held | {"lora_alpha": held["lora_alpha"] + 1}))
+    found = {name: counted(name) for name in ("own", "moved", "trained", "scaled")}
+    assert found == {"own": 20, "moved": 0, "trained": 20, "scaled": 20}
+
+
 def test_tokens_boundaries_and_masks_make_the_key_and_a_full_mask_is_none():
     one = Example(np.array([5, 6]), (np.array([7, 8]), np.array([9])))
     full = one._replace(masks=(np.ones(2, bool), np.ones(1, bool)), weight=3.0)
@@ -348,6 +411,26 @@ def test_a_damaged_file_is_never_trusted(
     assert fill(examples, cache) == held
     assert "is damaged and removed" in capsys.readouterr().out
     assert fill(examples, cache) == 0
+
+
+def test_damaged_files_that_another_process_removes_meanwhile_are_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """While the first is being read, both disappear."""
+    cache = find_cache(tmp_path, {})
+    cache.directory.mkdir()
+    paths = [cache.directory / f"{name}.safetensors" for name in "ab"]
+    for path in paths:
+        path.write_bytes(b"damaged")
+    said: list[str] = []
+
+    def remove_both(text: str) -> None:
+        said.append(text)
+        for path in paths:
+            path.unlink()
+
+    monkeypatch.setattr(reference_cache, "say", remove_both)
+    assert read_cache(cache) == {} and len(said) == 1
 
 
 def test_numbers_that_are_not_finite_are_refused_and_not_kept(tmp_path: Path):
