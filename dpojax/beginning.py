@@ -72,6 +72,7 @@ def begin(
     init = jax.jit(optimizer.init, out_shardings=where.opt_state)
     state = TrainState(
         jax.numpy.zeros((), "int32"),
+        jax.numpy.zeros((), bool),
         trained,
         init(trained),
         loss.initial_running(),

@@ -236,6 +236,8 @@ class TrainConfig:
     """Steps between evaluations; there is one before the first step and at the end."""
     save_every: int = 100
     """Steps between checkpoints; there is one at the end."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is no number: stop, or drop that step's update."""
     keep_last: int = 2
     """Checkpoints kept, besides the one of the lowest evaluation loss."""
     sample_prompts: int = 5

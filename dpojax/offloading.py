@@ -49,14 +49,17 @@ def fetch_parameters(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 def fetch_state(
     optimizer: optax.GradientTransformation,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """An optimiser whose state is in the host's memory, and goes back there."""
+    inner = optax.with_extra_args_support(optimizer)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, new = optimizer.update(updates, fetch(state), params)
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        updates, new = inner.update(updates, fetch(state), params, **extra)
         return updates, jax.tree.map(_return, new)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def _return(array: Any) -> Any:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from dpojax import metrics
 from dpojax.batch import Batch
 from dpojax.gradient import Running, denominators, judge, make_gradient
+from dpojax.guard import OnNan, choose, hold, is_finite
 from dpojax.log_probs import completion_kl
 from dpojax.losses.make import Loss
 from dpojax.measure import Apply, Measured, Params, TokenMetric, make_measure
@@ -37,6 +38,8 @@ class TrainState(NamedTuple):
     """What training changes, and a checkpoint keeps."""
 
     step: Int[Array, ""]
+    # Whether a step was not finite, and nothing has changed since, see `make_train_step`
+    halted: Bool[Array, ""]
     params: Params  # what is trained: all weights, or adapters
     opt_state: optax.OptState
     running: Running = {}  # statistics of losses that carry any, by their names
@@ -58,8 +61,9 @@ def init_state(
       moving: the state of a moving reference, by its `Movement.init`.
     """
     running = {} if loss is None else loss.initial_running()
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, optimizer.init(params), running, moving or {})
+    step, halted = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    opt_state = optimizer.init(params)
+    return TrainState(step, halted, params, opt_state, running, moving or {})
 
 
 def all_weights(
@@ -82,6 +86,10 @@ def make_train_step(
     movement: Movement | None = None,
     roles: Roles = all_weights,
     aux_loss_coefficient: float = 0.0,
+    on_nan: OnNan = "stop",
+    around: Callable[
+        [optax.GradientTransformationExtraArgs], optax.GradientTransformationExtraArgs
+    ] = lambda optimizer: optimizer,
     state_shardings: Any = None,
     rows_sharding: Any = None,
 ) -> TrainStep:
@@ -105,6 +113,13 @@ def make_train_step(
       aux_loss_coefficient: how much the load-balancing loss of the model's routers
         counts beside the mean loss. It looks at the whole batch, so microbatches cost
         one more forward pass then.
+      on_nan: what a step does whose loss or gradient is not finite. With ``"skip"`` it
+        leaves parameters, the optimiser's statistics and the loss's as they were; the
+        number of the step, and with it the data, the schedule and a moving reference,
+        goes on. With ``"stop"`` so do all steps after it, and the state is `halted`:
+        whoever drives the steps can find out later, and look at what the step saw.
+      around: brings the optimiser's state to the devices and back, see
+        `dpojax.offloading.fetch_state`.
       state_shardings: a sharding for each array of the state. Given, the compiler
         cannot move an array between steps and compile again for the next.
       rows_sharding: the sharding of a batch.
@@ -131,6 +146,7 @@ def make_train_step(
     gradient = make_gradient(
         measure_trained, loss, num_microbatches, aux_loss_coefficient
     )
+    update = around(hold(optimizer)).update
 
     def train_step(
         state: TrainState, reference: Params | None, batch: Batch
@@ -139,16 +155,24 @@ def make_train_step(
         grads, sums, running = gradient(
             state.params, (frozen, state.step), batch, state.running
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        sums["grad_norm"] = metrics.Ratio(optax.tree.norm(grads), jnp.ones(()))
+        is_made, halted = is_finite(sums), state.halted
+        if on_nan == "stop":
+            halted |= ~is_made
+            is_made = ~halted
+        updates, opt_state = update(
+            grads, state.opt_state, state.params, is_made=is_made
+        )
         params = optax.apply_updates(state.params, updates)
+        params = choose(is_made, params, state.params)
+        running = choose(is_made, running, state.running)
         step, moving = state.step + 1, state.moving
         if movement is not None:
             moving = movement.update(moving, params, step)
-        sums["grad_norm"] = metrics.Ratio(optax.tree.norm(grads), jnp.ones(()))
         if "aux_loss" in sums:  # of this step's tokens, not of those of several steps
             balance = load_balancing_loss(sums["aux_loss"])
             sums["aux_loss"] = metrics.Ratio(balance, jnp.ones(()))
-        return TrainState(step, params, opt_state, running, moving), sums
+        return TrainState(step, halted, params, opt_state, running, moving), sums
 
     if state_shardings is None:
         return jax.jit(train_step, donate_argnums=0)

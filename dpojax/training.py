@@ -67,8 +67,6 @@ def make_training(
     rate = default_learning_rate(loss, loaded)
     schedule = configured_schedule(config.optimizer, rate, num_steps)
     optimizer = configured_optimizer(config.optimizer, schedule)
-    if "optimizer" in config.offload:
-        optimizer = fetch_state(optimizer)
     parts = (policy.trained, policy.reference, optimizer, loss, movement)
     shapes = state_shapes(*parts, mesh, config.offload)
     step = make_train_step(
@@ -82,6 +80,8 @@ def make_training(
         movement=movement,
         roles=policy.roles,
         aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
+        on_nan=config.on_nan,
+        around=fetch_state if "optimizer" in config.offload else lambda one: one,
         state_shardings=jax.tree.map(lambda shape: shape.sharding, shapes),
         rows_sharding=rows_sharding(mesh),
     )
