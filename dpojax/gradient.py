@@ -103,26 +103,26 @@ def make_gradient(
             grads, (sums, _) = take(params, others, part, running, by)
             return grads, sums
 
-        return *_sum_over(one, _split_rows(batch, num_parts)), running
+        return *_sum_over(one, split_rows(batch, num_parts)), running
 
     def through_scores(
         params: Params, others: Any, batch: Batch, running: Running
     ) -> tuple[Params, Sums, Running]:
         """By the chain rule: all scores, their gradients, then each part's share."""
-        parts = _split_rows(batch, num_parts)
+        parts = split_rows(batch, num_parts)
         measured = jax.lax.map(lambda part: measure(params, others, part), parts)
-        measured = jax.tree.map(_join_rows, measured)
+        measured = jax.tree.map(join_rows, measured)
 
         def of_numbers(numbers: dict[str, Array]) -> tuple[Array, tuple]:
-            replaced = _with_numbers(measured, numbers)
+            replaced = with_numbers(measured, numbers)
             return judged(replaced, batch, running, denominators(batch))
 
         take = jax.grad(of_numbers, has_aux=True)
-        slopes, (sums, after) = take(_policy_numbers(measured))
-        slopes = _split_rows(slopes, num_parts)
+        slopes, (sums, after) = take(policy_numbers(measured))
+        slopes = split_rows(slopes, num_parts)
 
         def product(params: Params, part: Batch, slope: dict[str, Array]) -> Any:
-            numbers = _policy_numbers(measure(params, others, part))
+            numbers = policy_numbers(measure(params, others, part))
             return sum(jnp.sum(slope[name] * numbers[name]) for name in slope)
 
         grads = _sum_over(lambda two: jax.grad(product)(params, *two), (parts, slopes))
@@ -134,7 +134,7 @@ def make_gradient(
     return through_scores if whole_batch else part_by_part
 
 
-def _policy_numbers(measured: Measured) -> dict[str, Array]:
+def policy_numbers(measured: Measured) -> dict[str, Array]:
     """The numbers through which the policy's parameters get a gradient."""
     names = ("policy", "policy_prefix", "token_kl")
     numbers = measured.scores._asdict()
@@ -144,8 +144,8 @@ def _policy_numbers(measured: Measured) -> dict[str, Array]:
     return found
 
 
-def _with_numbers(measured: Measured, numbers: dict[str, Array]) -> Measured:
-    """The same with other numbers, as `_policy_numbers` gives them."""
+def with_numbers(measured: Measured, numbers: dict[str, Array]) -> Measured:
+    """The same with other numbers, as `policy_numbers` gives them."""
     scores = {name: value for name, value in numbers.items() if name != "routing"}
     routing = measured.routing
     if routing is not None:
@@ -165,7 +165,7 @@ def _sum_over(function: Callable[[Any], Any], parts: Any) -> Any:
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _split_rows(tree: Any, num_parts: int) -> Any:
+def split_rows(tree: Any, num_parts: int) -> Any:
     """Rows ``[rows, ...]`` to ``[parts, rows / parts, ...]``.
 
     Part m takes rows m, m + parts, ...: each device's block of rows gives every part
@@ -179,6 +179,6 @@ def _split_rows(tree: Any, num_parts: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _join_rows(array: Array) -> Array:
+def join_rows(array: Array) -> Array:
     """``[parts, rows / parts, ...]`` to rows again, in the order before the split."""
     return array.swapaxes(0, 1).reshape(-1, *array.shape[2:])

@@ -167,8 +167,9 @@ def _fetching(loaded: Loaded, config: TrainConfig) -> Loaded:
     """A model that can have its parameters from the host, where settings leave them."""
     if "reference" not in config.offload:
         return loaded
-    apply = fetch_parameters(loaded.model.apply)
-    return loaded._replace(model=loaded.model._replace(apply=apply))
+    model = loaded.model
+    apply, trace = (fetch_parameters(each) for each in (model.apply, model.trace))
+    return loaded._replace(model=model._replace(apply=apply, trace=trace))
 
 
 def _adapters_of(

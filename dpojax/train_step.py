@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
     """What training changes, and a checkpoint keeps."""
 
     step: Int[Array, ""]
-    # Whether a step was not finite, and nothing has changed since, see `make_train_step`
+    # Whether a step was not finite, and nothing has changed since: see `on_nan`.
     halted: Bool[Array, ""]
     params: Params  # what is trained: all weights, or adapters
     opt_state: optax.OptState

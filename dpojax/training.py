@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpojax.beginning import begin, state_shapes
 from dpojax.config import TrainConfig
+from dpojax.examination import Examine, make_examine
 from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
+from dpojax.measure import make_measure
 from dpojax.models.families import aux_loss_coefficient
 from dpojax.offloading import fetch_state
 from dpojax.policy import Policy, default_learning_rate
@@ -34,6 +36,7 @@ class Training(NamedTuple):
     """What the loop needs beside the state to take steps."""
 
     step: TrainStep
+    examine: Examine  # of a step that was not finite
     frozen: Any  # the step's second argument
     # Of each step; computed once, since in the loop it would wait behind the steps that
     # the devices still have to take.
@@ -69,6 +72,21 @@ def make_training(
     optimizer = configured_optimizer(config.optimizer, schedule)
     parts = (policy.trained, policy.reference, optimizer, loss, movement)
     shapes = state_shapes(*parts, mesh, config.offload)
+    coefficient = aux_loss_coefficient(loaded.settings)
+    examine = make_examine(
+        loaded.model.trace,
+        make_measure(
+            loaded.model.apply,
+            loss.needs,
+            chunk_size=config.chunk_size,
+            spread=Spread(mesh),
+        ),
+        loss,
+        policy.roles,
+        num_microbatches=config.microbatches,
+        aux_loss_coefficient=coefficient,
+        out_sharding=NamedSharding(mesh, PartitionSpec()),
+    )
     step = make_train_step(
         loaded.model.apply,
         loss,
@@ -79,7 +97,7 @@ def make_training(
         spread=Spread(mesh),
         movement=movement,
         roles=policy.roles,
-        aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
+        aux_loss_coefficient=coefficient,
         on_nan=config.on_nan,
         around=fetch_state if "optimizer" in config.offload else lambda one: one,
         state_shardings=jax.tree.map(lambda shape: shape.sharding, shapes),
@@ -88,4 +106,6 @@ def make_training(
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)))
     # A reference that moves is in the state.
     frozen = None if movement is not None else policy.frozen
-    return Training(step, frozen, rates, shapes, partial(begin, *parts, shapes))
+    return Training(
+        step, examine, frozen, rates, shapes, partial(begin, *parts, shapes)
+    )

@@ -6,14 +6,14 @@ needs nothing else. This file knows neither text nor devices.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from dpojax.batch import Batch
-from dpojax.data.order import WINDOW, make_order
+from dpojax.data.order import WINDOW, Places, make_order
 from dpojax.data.packing import (
     Example,
     OwnRows,
@@ -27,7 +27,9 @@ from dpojax.data.packing import (
 from dpojax.data.plan import (
     Lengths,
     Rows,
+    Shape,
     choose_shape,
+    fill_shape,
     pack_rows,
     round_up,
 )
@@ -80,34 +82,38 @@ def counted_batches(
     Raises:
       ValueError: if an example does not fit into a row.
     """
-    lengths, most = _planned_lengths(examples, mismatch_within)
-    order = make_order(
-        lengths, batch_size=batch_size, seed=seed, window=window, row_length=row_length
-    )
-    num_completions = most_completions(examples) if mismatch_within is None else 2
-
-    def examples_of(step: int) -> list[Example]:
-        places = range(step * batch_size, min((step + 1) * batch_size, num_seen))
-        batch = [examples[place] for place in order(places)]
-        if mismatch_within is not None:
-            batch = with_mismatched(batch, mismatch_within)
-        return batch
-
-    some = _first_steps(min(len(examples), num_seen), batch_size)
-    shape = choose_shape(
-        [row_lengths(examples_of(step)) for step in some],
-        longest=int(most.max()),
+    planned = _plan(
+        examples,
+        batch_size=batch_size,
+        num_seen=num_seen,
+        seed=seed,
         row_multiple=row_multiple,
         row_length=row_length,
+        window=window,
+        mismatch_within=mismatch_within,
     )
 
     def make(step: int) -> tuple[int, Batch]:
-        batch = examples_of(step)
+        batch = planned.examples_of(step)
         num_tokens = int(row_lengths(batch).sum())
-        return num_tokens, pack(batch, shape, num_completions, own_rows)
+        return num_tokens, pack(batch, planned.shape, planned.num_completions, own_rows)
 
     steps = grain.MapDataset.range(start, stop).map(make)
     return iter(steps.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4)))
+
+
+def locate(examples: Sequence[Example], step: int, **settings: Any) -> Rows:
+    """Which examples are in the slots of each row of a step's batch.
+
+    Args:
+      examples: the whole data set.
+      step: the number that `counted_batches` begins to count at for this batch.
+      **settings: what `counted_batches` takes besides.
+    """
+    planned = _plan(examples, **settings)
+    rows, _ = fill_shape(row_lengths(planned.examples_of(step)), planned.shape)
+    numbers = planned.numbers_of(step).tolist()
+    return [[numbers[place] for place in row] for row in rows]
 
 
 def evaluation_batches(
@@ -152,6 +158,51 @@ def packed_batches(
                 num_completions=most_completions(examples),
             ),
         )
+
+
+class _Planned(NamedTuple):
+    """Everything about the batches of a run but their layout."""
+
+    numbers_of: Callable[[int], Places]  # step -> which examples its batch has
+    examples_of: Callable[[int], list[Example]]  # these, as the batch has them
+    shape: Shape
+    num_completions: int
+
+
+def _plan(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    num_seen: int,
+    seed: int,
+    row_multiple: int = 1,
+    row_length: int | None = None,
+    window: int = WINDOW,
+    mismatch_within: int | None = None,
+) -> _Planned:
+    lengths, most = _planned_lengths(examples, mismatch_within)
+    order = make_order(
+        lengths, batch_size=batch_size, seed=seed, window=window, row_length=row_length
+    )
+
+    def numbers_of(step: int) -> Places:
+        return order(range(step * batch_size, min((step + 1) * batch_size, num_seen)))
+
+    def examples_of(step: int) -> list[Example]:
+        batch = [examples[number] for number in numbers_of(step)]
+        if mismatch_within is not None:
+            batch = with_mismatched(batch, mismatch_within)
+        return batch
+
+    some = _first_steps(min(len(examples), num_seen), batch_size)
+    shape = choose_shape(
+        [row_lengths(examples_of(step)) for step in some],
+        longest=int(most.max()),
+        row_multiple=row_multiple,
+        row_length=row_length,
+    )
+    num_completions = most_completions(examples) if mismatch_within is None else 2
+    return _Planned(numbers_of, examples_of, shape, num_completions)
 
 
 def _first_steps(num_examples: int, batch_size: int) -> list[int]:

@@ -36,6 +36,7 @@ from dpojax.models.lora import LoraShape, split_adapters
 from dpojax.models.quantized import Quantization
 from dpojax.models.remat import Remat, as_residual, rematerialize
 from dpojax.models.shape import DecoderConfig
+from dpojax.models.watch import Watch, largest, unwatched
 from dpojax.routing import Routing, count_choices
 
 
@@ -55,7 +56,9 @@ class Model(NamedTuple):
     init_adapters: Callable[[Array], Params]  # key -> adapters, as `lora` has them
     # (params, batch) -> hidden states [rows, length, width], and what they meet
     apply: Callable[[Params, Batch], tuple[Array, Output]]
-    # (params, tokens, position, example, cache, offset) -> the same and the new cache
+    # (params, batch) -> sizes of hidden states [stages, rows, length], see `trace`
+    trace: Callable[[Params, Batch], Array]
+    # (params, tokens, position, example, cache, offset) -> as apply, and the new cache
     extend: Callable[..., tuple[Array, Output, Cache]]
     empty_cache: Callable[[int, int], Cache]  # (rows, keys) -> cache
     lora: LoraShape | None
@@ -136,6 +139,7 @@ def make_model(
         init=init,
         init_adapters=init_adapters,
         apply=by_structure([as_function(module) for module in modules]),
+        trace=by_structure([as_function(module, Decoder.trace) for module in modules]),
         extend=by_structure(
             [as_function(module, Decoder.extend) for module in modules]
         ),
@@ -173,6 +177,23 @@ class Decoder(nnx.Module):
 
         Of a model with experts, the `Head` says where real tokens were sent.
         """
+        hidden, routing, _ = self._whole_rows(batch)
+        return hidden, self._head(routing)
+
+    def trace(self, batch: Batch) -> Float[Array, "stages rows length"]:
+        """The largest magnitude in each position's hidden state, stage by stage.
+
+        The stages are the embedding, the layers in their order and the last norm. Where
+        one number of a state is not finite, neither is its largest.
+        """
+        hidden, _, sizes = self._whole_rows(batch, largest)
+        first, layers = sizes
+        return jnp.concatenate([first[None], layers, largest(hidden)[None]])
+
+    def _whole_rows(
+        self, batch: Batch, watch: Watch = unwatched
+    ) -> tuple[Hidden, Routing | None, Any]:
+        """Hidden states of each row; choices of experts; what `watch` saw."""
         example, branch = jnp.asarray(batch.example), jnp.asarray(batch.branch)
         tokens, position = jnp.asarray(batch.tokens), jnp.asarray(batch.position)
 
@@ -189,10 +210,10 @@ class Decoder(nnx.Module):
         if depends_on_length(self.config):
             num_examples = batch.completion_length.shape[1]
             longest = longest_sequences(example, position, num_examples)
-        hidden, _, routing = self._blocks(
-            tokens, position, attend, None, longest, example > 0
+        hidden, _, routing, seen = self._blocks(
+            tokens, position, attend, None, longest, example > 0, watch
         )
-        return hidden, self._head(routing)
+        return hidden, routing, seen
 
     def extend(
         self,
@@ -243,7 +264,7 @@ class Decoder(nnx.Module):
         if depends_on_length(self.config):
             total = jnp.sum(example > 0, axis=1, keepdims=True)
             longest = jnp.broadcast_to(total, position.shape)
-        hidden, cache, _ = self._blocks(tokens, position, attend, cache, longest)
+        hidden, cache, *_ = self._blocks(tokens, position, attend, cache, longest)
         return hidden, self._head(), cache
 
     def _scores(self) -> dict[str, float | None]:
@@ -281,11 +302,16 @@ class Decoder(nnx.Module):
         cache: Cache | None,
         longest: Array | None,
         real: Array | None = None,
-    ) -> tuple[Hidden, Any, Routing | None]:
-        """All layers; where `real` is given, choices of experts are counted there."""
+        watch: Watch = unwatched,
+    ) -> tuple[Hidden, Any, Routing | None, tuple[Any, Any]]:
+        """All layers; where `real` is given, choices of experts are counted there.
+
+        `watch` sees hidden states as they enter the first layer, and after each.
+        """
         config, dtype = self.config, self.options.compute_dtype
         constrain = self.options.constrain
         hidden = constrain(self._embed(tokens, position))
+        first = watch(hidden)
         rotation = make_rotations(config, position, longest)
 
         def body(carry: tuple, block_and_layer: tuple) -> tuple[tuple, Any]:
@@ -294,14 +320,15 @@ class Decoder(nnx.Module):
             rotate, attend_here = rotation(layer), partial(attend, layer=layer)
             hidden, cache, choice = block(hidden, rotate, attend_here, cache)
             carry = constrain(hidden), cache
+            seen = watch(hidden)
             if choice is None or real is None:
-                return carry, None
-            return carry, count_choices(choice, real)
+                return carry, (None, seen)
+            return carry, (count_choices(choice, real), seen)
 
         # Accelerators would otherwise multiply float32 in fewer bits.
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
             layers = self.blocks, stack_layers(config)
-            carry, routing = jax.lax.scan(
+            carry, (routing, seen) = jax.lax.scan(
                 rematerialize(body, self.options.remat),
                 (hidden, cache),
                 layers,
@@ -312,7 +339,7 @@ class Decoder(nnx.Module):
         if config.logit_scale != 1 and config.head == "vocabulary":
             # Logits are linear in the hidden states, whose product is elsewhere.
             hidden = hidden * jnp.asarray(config.logit_scale, dtype)
-        return hidden, cache, routing
+        return hidden, cache, routing, (first, seen)
 
 
 def _table(
