@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,12 +14,13 @@ from dpojax.batch import Batch
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
 from dpojax.connecting import connect
-from dpojax.data.loader import counted_batches, fingerprint
+from dpojax.data.loader import counted_batches, fingerprint, locate
 from dpojax.data.packing import Example, OwnRows, every_row, with_mismatched
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
 from dpojax.fitting import check_memory, fit
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
+from dpojax.not_finite import Case, explain
 from dpojax.policy import computed, load_policy, make_policy, write_trained
 from dpojax.precompute import precompute
 from dpojax.prepare import (
@@ -42,7 +43,7 @@ from dpojax.sharding import (
     put_ahead,
 )
 from dpojax.spread import Spread
-from dpojax.step_log import StepLog
+from dpojax.step_log import NotFinite, StepLog
 from dpojax.train_step import make_eval_step
 from dpojax.training import make_training
 
@@ -69,7 +70,8 @@ def run(config: TrainConfig) -> Result:
     Raises:
       ValueError: for settings that cannot work, before anything is loaded; for models
         and data that cannot be read, before anything is compiled.
-      FloatingPointError: naming the step whose loss or gradient was not finite.
+      FloatingPointError: naming the step whose loss or gradient was not finite, where
+        in it that began and in which examples.
     """
     # -- Settings that cannot work ----------------------------------------------------
     connect(config.distributed)
@@ -112,21 +114,21 @@ def run(config: TrainConfig) -> Result:
 
     placement = make_placement(mesh)
 
+    def order(num_microbatches: int) -> dict[str, Any]:
+        return {
+            "batch_size": config.batch_size,
+            "num_seen": num_seen,
+            "seed": config.seed,
+            "row_multiple": num_microbatches * placement.num_shards,
+            "row_length": config.row_length,
+            "mismatch_within": mismatch_within,
+        }
+
     def batches_of(
         start: int, stop: int, num_microbatches: int, own_rows: OwnRows = every_row
     ) -> Iterator[tuple[int, Batch]]:
-        return counted_batches(
-            train,
-            batch_size=config.batch_size,
-            num_seen=num_seen,
-            seed=config.seed,
-            start=start,
-            stop=stop,
-            row_multiple=num_microbatches * placement.num_shards,
-            row_length=config.row_length,
-            mismatch_within=mismatch_within,
-            own_rows=own_rows,
-        )
+        span = {"start": start, "stop": stop, "own_rows": own_rows}
+        return counted_batches(train, **order(num_microbatches), **span)
 
     if memory is not None:
         config = fit(
@@ -204,7 +206,23 @@ def run(config: TrainConfig) -> Result:
         if step == stop or step % config.log_every == 0:
             say(figures_line(f"train step {step}", values))
 
-    steps = StepLog(logged)
+    def caught_up() -> None:
+        try:
+            steps.catch_up()
+        except NotFinite as error:
+            at, parts = error.step - 1, config.microbatches
+            batch, rows = next(batches_of(at, at + 1, parts))[1], order(parts)
+            case = Case(
+                batch,
+                locate(train, at, **rows),
+                train,
+                loaded.tokenizer,
+                config,
+                directory,
+            )
+            raise explain(error, case, state, training, placement) from None
+
+    steps = StepLog(logged, on_nan=config.on_nan)
     batches = batches_of(step, stop, config.microbatches, placement.own_rows)
 
     def put_own(counted: tuple[int, Batch]) -> Batch:
@@ -214,7 +232,7 @@ def run(config: TrainConfig) -> Result:
     with closing(checkpoints), bar as advance:
         for (num_tokens, _), placed in put_ahead(batches, put_own):
             state, sums = training.step(state, training.frozen, placed)
-            steps.catch_up()  # with an interval that ended before this step
+            caught_up()  # with an interval that ended before this step
             step += 1
             steps.add(step, sums, num_tokens)
             preempted = is_preempted(step)
@@ -230,7 +248,7 @@ def run(config: TrainConfig) -> Result:
             if any(due.values()):
                 steps.end_interval()
             if due["evaluate"] or due["save"]:
-                steps.catch_up()  # what is no number is found before it is saved
+                caught_up()  # what is no number is found before it is saved
                 if due["evaluate"]:
                     last, last_at = evaluated(step), step
                 if due["save"]:

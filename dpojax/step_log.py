@@ -15,6 +15,22 @@ import jax
 import numpy as np
 
 from dpojax import metrics
+from dpojax.guard import OnNan
+from dpojax.progress import say
+
+# Updates skipped one after another, after which a run gives up: a few bad examples do
+# not make so many, and weights that give no numbers will not give any again.
+MOST_SKIPPED = 10
+_WATCHED = ("loss", "grad_norm")
+
+
+class NotFinite(FloatingPointError):
+    """A step whose loss or gradient is not finite, and at which the run ends."""
+
+    def __init__(self, step: int, sentence: str):
+        """Remembers the step's number, from 1 on."""
+        super().__init__(sentence)
+        self.step = step
 
 
 class _Interval(NamedTuple):
@@ -32,6 +48,7 @@ class StepLog:
         write: Callable[[int, dict[str, float]], None],
         fetch: Callable[[Any], Any] = jax.device_get,
         clock: Callable[[], float] = time.perf_counter,
+        on_nan: OnNan = "stop",
     ):
         """Starts the clock.
 
@@ -39,8 +56,12 @@ class StepLog:
           write: takes the last step of an interval, and its means.
           fetch: arrays on devices to arrays of the host; waits for them.
           clock: seconds.
+          on_nan: what becomes of a step that is not finite, as the step itself has it.
+            Those that were skipped are counted in ``skipped_updates``, and in no mean.
         """
         self._write, self._fetch, self._clock = write, fetch, clock
+        self._on_nan: OnNan = on_nan
+        self._skipped = 0  # in succession
         self._ended: _Interval | None = None
         self._speeds: list[float] = []
         self.latest: dict[str, float] = {}  # the newest line
@@ -64,7 +85,8 @@ class StepLog:
         """Writes the line that is due, if one is; waits for the last of its steps.
 
         Raises:
-          FloatingPointError: naming the step whose loss or gradient is not finite.
+          NotFinite: naming the step whose loss or gradient is not finite, unless it was
+            skipped, or the last of too many in succession that were.
         """
         if self._ended is None:
             return
@@ -73,26 +95,41 @@ class StepLog:
         now = self._clock()
         self._speeds.append(interval.num_tokens / (now - self._since))
         self._since = now
-        for step, sums in steps:
-            _check_finite(step, sums)
-        self.latest = _means([sums for _, sums in steps])
+        made = [sums for step, sums in steps if self._is_made(step, sums)]
+        self.latest = _means(made) if made else {}
+        if self._on_nan == "skip":
+            self.latest["skipped_updates"] = len(steps) - len(made)
         self.latest["tokens_per_second"] = self._speeds[-1]
         self._write(steps[-1][0], self.latest)
+
+    def _is_made(self, step: int, sums: metrics.Sums) -> bool:
+        """Whether a step's update was made, and not skipped."""
+        values = metrics.summarize({name: sums[name] for name in _WATCHED})
+        bad = [name for name in _WATCHED if not math.isfinite(values[name])]
+        if not bad:
+            self._skipped = 0
+            return True
+        what = f"The {bad[0]} of step {step} is {values[bad[0]]}"
+        if self._on_nan == "stop":
+            raise NotFinite(
+                step,
+                f"{what}; the run stops here. Its last checkpoint is from before this "
+                "step.",
+            )
+        self._skipped += 1
+        if self._skipped == MOST_SKIPPED:
+            raise NotFinite(
+                step,
+                f"{what}, and so it was in {MOST_SKIPPED} steps in succession, whose "
+                "updates were skipped; the run stops here.",
+            )
+        say(f"{what}; its update is skipped.")
+        return False
 
     @property
     def median_speed(self) -> float:
         """Tokens a second, the median over the intervals."""
         return float(np.median(self._speeds or [np.nan]))
-
-
-def _check_finite(step: int, sums: metrics.Sums) -> None:
-    values = metrics.summarize({name: sums[name] for name in ("loss", "grad_norm")})
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            raise FloatingPointError(
-                f"The {name} of step {step} is {values[name]}; the run stops here. "
-                "Its last checkpoint is from before this step."
-            )
 
 
 def _means(steps: list[metrics.Sums]) -> dict[str, float]:
