@@ -1,8 +1,8 @@
 """What of a step is not finite: each array's largest number, from weights to gradient.
 
-The largest magnitude of an array is no number where one of its elements is none, so one
-number tells both how large an array is and whether it is finite. This file knows the
-order in which a step computes, and neither files nor what is said of the findings.
+What is not finite counts as infinite, so one number tells both how large an array is
+and whether all of it is finite. This file knows the order in which a step computes, and
+neither files nor what is said of the findings.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from dpojax.gradient import (
 )
 from dpojax.losses.make import Loss
 from dpojax.measure import Measure, Measured, Params
+from dpojax.models.watch import magnitude
 from dpojax.offloading import fetch
 from dpojax.train_step import Roles, TrainState
 
@@ -133,7 +134,7 @@ def _numbers(
     live, present = jnp.asarray(batch.weight) > 0, scores.present
 
     def of_completions(*values: Array) -> Array:
-        largest = [jnp.where(present, jnp.abs(value), 0.0) for value in values]
+        largest = [jnp.where(present, magnitude(value), 0.0) for value in values]
         return jnp.max(jnp.stack(largest), axis=(0, -1))
 
     return {
@@ -141,7 +142,7 @@ def _numbers(
         "reference_log_probs": None
         if scores.reference is None
         else of_completions(scores.reference),
-        "losses": jnp.where(live, jnp.abs(losses), 0.0),
+        "losses": jnp.where(live, magnitude(losses), 0.0),
         "slopes": of_completions(*slopes.values()),
     }
 
@@ -164,6 +165,6 @@ def _sizes(tree: Params | None) -> Sizes:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             within = range(name.startswith(STACKED), leaf.ndim)
-            largest = jnp.max(jnp.abs(fetch(leaf)), axis=tuple(within))
+            largest = jnp.max(magnitude(fetch(leaf)), axis=tuple(within))
             found[name] = largest.astype(jnp.float32)
     return found

@@ -168,18 +168,18 @@ def _numbers(found: Findings, row: int, slot: int) -> dict[str, Any]:
     }
 
 
-def _by_stage(names: list[str], hidden: np.ndarray | None) -> dict[str, Any] | None:
+def _by_stage(names: list[str], hidden: Any) -> dict[str, Any] | None:
     if hidden is None:
         return None
-    largest = hidden.max((0, 1))  # no number where one is none
+    largest = hidden.max((0, 1))
     return dict(zip(names, map(_as_json, largest), strict=True))
 
 
 def _as_json(value: Any) -> Any:
-    """Numbers as JSON has them; those that are none as text."""
+    """Sizes as JSON has them, which knows no infinity."""
     if isinstance(value, dict):
         return {name: _as_json(part) for name, part in value.items()}
     if isinstance(value, np.ndarray) and value.ndim:
         return [_as_json(part) for part in value]
     number = float(value)
-    return number if math.isfinite(number) else str(number)
+    return number if math.isfinite(number) else "not finite"

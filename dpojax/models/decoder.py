@@ -183,8 +183,8 @@ class Decoder(nnx.Module):
     def trace(self, batch: Batch) -> Float[Array, "stages rows length"]:
         """The largest magnitude in each position's hidden state, stage by stage.
 
-        The stages are the embedding, the layers in their order and the last norm. Where
-        one number of a state is not finite, neither is its largest.
+        The stages are the embedding, the layers in their order and the last norm. What
+        is not finite counts as infinite.
         """
         hidden, _, sizes = self._whole_rows(batch, largest)
         first, layers = sizes

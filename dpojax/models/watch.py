@@ -16,5 +16,13 @@ def unwatched(hidden: Hidden) -> None:
 
 
 def largest(hidden: Hidden) -> Float[Array, "rows length"]:
-    """The largest magnitude in each state; not finite where one number is not."""
-    return jnp.max(jnp.abs(hidden), axis=-1).astype(jnp.float32)
+    """The largest magnitude in each state."""
+    return jnp.max(magnitude(hidden), axis=-1).astype(jnp.float32)
+
+
+def magnitude(array: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Magnitudes; infinite where there is no finite number.
+
+    A maximum need not see what is no number: on CPUs it passes over it.
+    """
+    return jnp.where(jnp.isfinite(array), jnp.abs(array), jnp.inf)
