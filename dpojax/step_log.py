@@ -98,7 +98,7 @@ class StepLog:
         made = [sums for step, sums in steps if self._is_made(step, sums)]
         self.latest = _means(made) if made else {}
         if self._on_nan == "skip":
-            self.latest["skipped_updates"] = len(steps) - len(made)
+            self.latest["skipped_updates"] = float(len(steps) - len(made))
         self.latest["tokens_per_second"] = self._speeds[-1]
         self._write(steps[-1][0], self.latest)
 
