@@ -51,8 +51,9 @@ def hold(
     """
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, is_made: Bool[Array, ""]
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
+        is_made: Bool[Array, ""] = extra["is_made"]
         updates, new = optimizer.update(updates, state, params)
 
         def held(new: Any, old: Any) -> Any:

@@ -51,7 +51,7 @@ def embeddings(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return params["in"][batch.tokens], params["out"]
 
 
-def take(on_nan: Any, objective: str = "beta_dpo") -> list[TrainState]:
+def take(on_nan: Any, objective: str = "beta_dpo") -> list[Any]:
     """States before and after three steps, the batch of the second of which is bad."""
     keys = jax.random.split(jax.random.key(0))
     params = {
@@ -144,15 +144,17 @@ def test_after_too_many_in_succession_a_run_gives_up():
 
 def all_finite() -> Findings:
     """Two rows of two examples, two layers; every number is 1."""
-    numbers, hidden = np.ones((2, 2)), np.ones((2, 2, 4))
-    weights = {"embedding/embedding": np.ones(()), "blocks/up/kernel": np.ones(2)}
+    one: Any = np.ones(())
+    numbers: Any = np.ones((2, 2))
+    hidden: Any = np.ones((2, 2, 4))
+    weights: Any = {"embedding/embedding": one, "blocks/up/kernel": np.ones(2)}
     return Findings(
         weights, weights, hidden, hidden, numbers, numbers, numbers, numbers,
-        weights | {"norm/scale": np.ones(())}, np.ones(()),
+        weights | {"norm/scale": one}, one,
     )  # fmt: skip
 
 
-def with_infinity(array: Any, *index: Any) -> np.ndarray:
+def with_infinity(array: Any, *index: Any) -> Any:
     array = np.array(array)
     array[index] = np.inf
     return array
@@ -160,13 +162,13 @@ def with_infinity(array: Any, *index: Any) -> np.ndarray:
 
 def test_by_hand_the_first_place_and_its_examples_are_named():
     """What comes later, or reaches a row's other example a layer later, is not."""
-    fine = all_finite()
+    fine: Any = all_finite()
     hidden = with_infinity(fine.hidden, 0, 1, slice(2, None))  # from layer 1 on
     hidden = with_infinity(hidden, 0, 0, 3)
     numbers = with_infinity(fine.losses, 0)
     later = fine._replace(losses=numbers, slopes=with_infinity(numbers, 1))
     up = {"blocks/up/kernel": with_infinity(np.ones(2), 1)}
-    out = {"output/embedding": np.array(np.inf)}
+    out: Any = {"output/embedding": np.array(np.inf)}
     one, row = [[False, True], [False, False]], [[True, True], [False, False]]
     cases: list[tuple[Findings, str, Any]] = [
         (later._replace(hidden=hidden), "layer 1 of the policy", one),
@@ -274,6 +276,7 @@ def test_a_poisoned_weight_or_token_is_found_where_it_is(examine: Any):
     found = of(token, params, batch)
     origin = find_origin(found)
     assert origin.place.startswith("the embedding of the policy")
+    assert origin.slots is not None
     assert np.argwhere(origin.slots).tolist() == [[0, 1]]
     assert not np.isfinite(found.hidden[0, 0, -1])  # by its row's attention
 
