@@ -105,7 +105,7 @@ def sums(loss: float) -> dict[str, Ratio]:
 
 def test_by_hand_lines_of_two_intervals():
     """Losses 1 and 3, then 5; 10 tokens in 2 s, then, after a pause, 6 in 3 s."""
-    lines, times = [], iter([0.0, 2.0, 100.0, 103.0])
+    lines, times = [], iter([0.0, 2.0, 2.0, 100.0, 103.0])
     log = StepLog(
         lambda step, values: lines.append((step, values)), clock=lambda: next(times)
     )
@@ -114,7 +114,8 @@ def test_by_hand_lines_of_two_intervals():
     log.end_interval()
     assert not lines
     log.catch_up()
-    log.restart()
+    with log.paused():
+        pass
     log.add(3, sums(5.0), 6)
     log.end_interval()
     log.catch_up()
