@@ -14,7 +14,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from many_processes import free_port
 
 from dpojax.checkpoint import Newest, find_newest
