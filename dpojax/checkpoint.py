@@ -19,6 +19,7 @@ from dpojax.checksums import find_damage, seal
 
 Note = dict[str, Any]  # what JSON can hold
 _SMALL = 1 << 20  # bytes
+_DAY = 86_400  # seconds; Orbax would give up after ten minutes
 
 
 class Newest(NamedTuple):
@@ -97,13 +98,14 @@ def _steps_in(directory: Path) -> list[int]:
 
 
 class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A directory that Orbax fills, seals and then renames."""
+    """A directory that Orbax fills, and that is sealed before it takes its name."""
 
     async def finalize(self) -> None:
-        if self.get_final().name.isdecimal():  # not a part of a checkpoint
-            # Orbax would change its own file once more; nothing may change any more.
-            # It still adds commit_success.txt, which nothing reads here.
-            self._checkpoint_metadata_store = None
+        store, self._checkpoint_metadata_store = self._checkpoint_metadata_store, None
+        if store is not None:  # else it is a part of a checkpoint
+            # Orbax writes its own file behind our back, and without the line above once
+            # more. It still adds commit_success.txt, which nothing reads here.
+            await asyncio.to_thread(store.wait_until_finished)
             name = self.get_final().name
             await asyncio.to_thread(seal, Path(self.get()), name)
         await super().finalize()
@@ -128,6 +130,7 @@ class Checkpoints:
             best_fn=_evaluation_loss,
             best_mode="min",
             temporary_path_class=_Sealed,
+            async_options=ocp.AsyncOptions(timeout_secs=_DAY),
             read_only=read_only,
             cleanup_tmp_directories=not read_only,  # of a run that was killed
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dpojax.processes import only_first
-from dpojax.whole_files import reach_disk, write_bytes
+from dpojax.whole_files import naming, reach_disk, write_bytes
 
 
 class MetricsFile:
@@ -33,7 +33,7 @@ class MetricsFile:
         """Appends a line; numbers that are not finite become null."""
         finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
         line = json.dumps({"step": step, "split": split} | finite, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     @only_first

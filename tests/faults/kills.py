@@ -133,6 +133,24 @@ def best_of(directory: Path) -> tuple[float, int]:
     )
 
 
+def run_command(arguments: list[str], log: Path) -> tuple[int | None, str]:
+    """Runs `dpojax`; how it ends, and what it says to standard error."""
+    server = multiprocessing.get_context("forkserver")
+    process = server.Process(target=_command, args=(arguments, log))
+    process.start()
+    process.join(_SECONDS)
+    process.kill()
+    return process.exitcode, log.read_text(encoding="utf-8")
+
+
+def _command(arguments: list[str], log: Path) -> None:
+    from dpojax.cli import main
+
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    main(arguments)
+
+
 def _start(config: TrainConfig, num_processes: int) -> list[ForkServerProcess]:
     server = multiprocessing.get_context("forkserver")
     address = f"localhost:{free_port()}"
