@@ -9,11 +9,14 @@ import multiprocessing
 import os
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from many_processes import free_port
 
 from dpojax.checkpoint import Newest, find_newest
@@ -133,22 +136,45 @@ def best_of(directory: Path) -> tuple[float, int]:
     )
 
 
-def run_command(arguments: list[str], log: Path) -> tuple[int | None, str]:
-    """Runs `dpojax`; how it ends, and what it says to standard error."""
+def run_command(arguments: list[str], log: Path, jump: float) -> tuple[int | None, str]:
+    """Runs `dpojax`; how it ends, and what it says to standard error.
+
+    Args:
+      arguments: of the command.
+      log: a file for what it says.
+      jump: seconds, as `clock` takes them.
+    """
     server = multiprocessing.get_context("forkserver")
-    process = server.Process(target=_command, args=(arguments, log))
+    process = server.Process(target=_command, args=(arguments, log, jump))
     process.start()
     process.join(_SECONDS)
     process.kill()
     return process.exitcode, log.read_text(encoding="utf-8")
 
 
-def _command(arguments: list[str], log: Path) -> None:
+@contextmanager
+def clock(jump: float) -> Iterator[None]:
+    """At every reading the time of day is so many seconds further off than before."""
+    now, calls = time.time, []
+
+    def jumping() -> float:
+        calls.append(None)
+        return now() + jump * len(calls)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", jumping)
+        patch.setattr(time, "time_ns", lambda: int(jumping() * 1e9))
+        yield
+        assert len(calls) > 4
+
+
+def _command(arguments: list[str], log: Path, jump: float) -> None:
     from dpojax.cli import main
 
     with log.open("w") as file:
         os.dup2(file.fileno(), 2)
-    main(arguments)
+    with clock(jump):
+        main(arguments)
 
 
 def _start(config: TrainConfig, num_processes: int) -> list[ForkServerProcess]:
