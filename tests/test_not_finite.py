@@ -30,7 +30,7 @@ from dpojax.prepare import load_split, make_configured_loss
 from dpojax.reference import copy_params
 from dpojax.run import run
 from dpojax.sharding import make_mesh
-from dpojax.step_log import MOST_SKIPPED, NotFinite, StepLog
+from dpojax.step_log import MOST_SKIPPED, Figures, NotFinite, StepLog
 from dpojax.train_step import TrainState, all_weights, init_state, make_train_step
 
 
@@ -108,35 +108,58 @@ def sums(loss: float) -> dict[str, Ratio]:
     return {"loss": Ratio(loss * one, one), "grad_norm": Ratio(one, one)}
 
 
-def test_skipped_updates_are_counted_and_in_no_mean(capsys: pytest.CaptureFixture):
-    lines = []
-    log = StepLog(lambda _, values: lines.append(values), on_nan="skip")
-    for losses in ((1.0, np.nan, 3.0), (np.inf,), (4.0,)):
+class Taken:
+    """A log of steps with given losses, and the lines that it wrote."""
+
+    def __init__(self, unlogged: Figures | None = None):
+        self.lines: list[dict[str, float]] = []
+        self.log = StepLog(self.write, unlogged, on_nan="skip")
+        self.step = len(unlogged or ())
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.lines.append(values)
+
+    def take(self, *losses: float) -> None:
         for loss in losses:
-            log.add(len(lines) + 1, sums(loss), 1)
-        log.end_interval()
-        log.catch_up()
-    assert [line.get("loss") for line in lines] == [2.0, None, 4.0]
-    assert [line["skipped_updates"] for line in lines] == [1, 1, 0]
+            self.step += 1
+            self.log.add(self.step, sums(loss), 1)
+
+    def line(self, *losses: float) -> None:
+        self.take(*losses)
+        self.log.end_interval()
+        self.log.catch_up()
+
+
+def test_skipped_updates_are_counted_and_in_no_mean(capsys: pytest.CaptureFixture):
+    taken = Taken()
+    for losses in ((1.0, np.nan, 3.0), (np.inf,), (4.0,)):
+        taken.line(*losses)
+    assert [line.get("loss") for line in taken.lines] == [2.0, None, 4.0]
+    assert [line["skipped_updates"] for line in taken.lines] == [1, 1, 0]
     said = capsys.readouterr().out
     assert said.count("its update is skipped") == 2
-    assert "The loss of step 2 is inf" in said
+    assert "The loss of step 2 is nan" in said
+
+
+def test_a_checkpoint_remembers_which_updates_were_skipped(
+    capsys: pytest.CaptureFixture,
+):
+    first = Taken()
+    first.take(1.0, np.nan)
+    unlogged = json.loads(json.dumps(first.log.unlogged(), allow_nan=False))
+    again = Taken(unlogged)
+    for taken in (first, again):
+        taken.line(3.0)
+        assert taken.lines[0]["loss"] == 2 and taken.lines[0]["skipped_updates"] == 1
+    assert capsys.readouterr().out.count("skipped") == 1
 
 
 def test_after_too_many_in_succession_a_run_gives_up():
-    log = StepLog(lambda *_: None, on_nan="skip")
-
-    def take(losses: list[float]) -> None:
-        for number, loss in enumerate(losses):
-            log.add(number, sums(loss), 1)
-        log.end_interval()
-        log.catch_up()
-
-    few = [np.nan] * (MOST_SKIPPED - 1)
-    take([*few, 1.0, *few])
+    taken, few = Taken(), [np.nan] * (MOST_SKIPPED - 1)
+    taken.line(*few, 1.0, *few)
     with pytest.raises(NotFinite, match="in 10 steps in succession") as error:
-        take([np.nan])
-    assert error.value.step == 0
+        taken.line(np.nan)
+    assert error.value.step == 2 * MOST_SKIPPED
 
 
 # -- Where it began -------------------------------------------------------------------
