@@ -6,7 +6,6 @@
 This file knows no loop.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from dpojax.data.tokenize import Tokenizer
 from dpojax.examination import Findings
 from dpojax.origin import Origin, find_origin, stage_names
 from dpojax.processes import only_first
-from dpojax.provenance import code, devices, versions
+from dpojax.provenance import made_by
 from dpojax.sharding import Placement
 from dpojax.step_log import NotFinite
 from dpojax.train_step import TrainState
@@ -133,10 +132,7 @@ def _report(
     names = stage_names(found.hidden.shape[-1])
     return {
         "message": sentence,
-        "code": code(),
-        "versions": versions(),
-        "devices": devices(),
-        "configuration": dataclasses.asdict(case.config),
+        **made_by(case.config),
         "largest hidden states": {
             "policy": _by_stage(names, found.hidden),
             "reference": _by_stage(names, found.reference_hidden),

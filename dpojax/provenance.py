@@ -1,17 +1,23 @@
-"""What made something: the code, the versions of what it stands on, the devices.
+"""What made something: code, versions, devices and settings, as JSON can hold them.
 
-This file knows no run.
+None of it must be the same for a run to be the same run; but where it differs, its last
+digits may. This file knows no run.
 """
 
 import hashlib
 import platform
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from dpojax import __version__
+from dpojax.config import DistributedConfig, TrainConfig
 
+MADE_BY = ("code", "versions", "devices", "configuration")
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -23,6 +29,42 @@ _PACKAGES = (
     "tokenizers",
     "transformers",
 )
+
+
+def made_by(config: TrainConfig) -> dict[str, Any]:
+    """Everything by its name; of the settings, those that all processes share."""
+    shared = replace(
+        config,
+        output=None,
+        resume=False,
+        stop_after=None,
+        distributed=DistributedConfig(),
+    )
+    return {
+        "code": code(),
+        "versions": versions(),
+        "devices": devices(),
+        "configuration": asdict(shared),
+    }
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What may change the last digits of what follows; None: nothing.
+
+    Args:
+      before: what `made_by` gave, among other things; of an earlier version of dpojax
+        perhaps nothing.
+      now: the same of this process.
+    """
+    pairs = {name: (before.get(name), now[name]) for name in ("code", "devices")}
+    old = before.get("versions", {})
+    pairs |= {name: (old.get(name), value) for name, value in now["versions"].items()}
+    told = [
+        f"{name} was {was} and is {value}"
+        for name, (was, value) in pairs.items()
+        if was != value
+    ]
+    return ", ".join(told) or None
 
 
 def code() -> str:

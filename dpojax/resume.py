@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from dpojax import __version__
 from dpojax.checkpoint import describe, find_newest, set_aside
 from dpojax.config import TrainConfig
 from dpojax.data.order import WINDOW
 from dpojax.processes import decided_by_first
 from dpojax.progress import say
+from dpojax.provenance import MADE_BY, difference, made_by
 
 
 def find_step(checkpoints: Path) -> int:
@@ -40,7 +40,7 @@ def make_note(
     num_seen: int,
     reference_identity: str | None = None,
 ) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run.
+    """What must be the same for a resumed run to be the same run, and what made it.
 
     Args:
       config: the run's settings.
@@ -48,7 +48,7 @@ def make_note(
       num_seen: examples that the whole run sees.
       reference_identity: of a precomputed reference.
     """
-    return {
+    return made_by(config) | {
         "loss": repr(config.loss),
         "moving reference": repr(config.moving),
         "batch_size": config.batch_size,
@@ -63,25 +63,30 @@ def make_note(
         "content of the reference": reference_identity,
         "LoRA": repr(config.lora),
         "model": config.model,
-        "version": __version__,
     }
 
 
 def check_note(
     saved: Mapping[str, Any], note: Mapping[str, Any], directory: Path
 ) -> None:
-    """Refuses to resume a run as another one.
+    """Refuses to resume a run as another one; says what else made the saved part of it.
 
     Raises:
       ValueError: naming the first setting that differs.
     """
     for name, value in note.items():
         # A checkpoint of an earlier version may not have the name yet.
-        if name != "version" and saved.get(name) != value:
+        if name not in MADE_BY and saved.get(name) != value:
             raise ValueError(
                 f"{directory} cannot be resumed with another {name}: it was "
                 f"{saved.get(name)} and is now {value}; use its own config.py."
             )
+    other = difference(saved, note)
+    if other is not None:
+        say(
+            f"What {directory} holds was not made by the same: {other}; from here on "
+            "its last digits may not be those of a run that was never stopped."
+        )
 
 
 def abstract(array: jax.Array) -> jax.ShapeDtypeStruct:

@@ -4,13 +4,16 @@ One short run is shared by the tests that only look at it.
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dpojax import __version__
+from dpojax.checkpoint import Checkpoints
 from dpojax.cli import _load_experiment
 from dpojax.command_config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
 from dpojax.commands import evaluate_policy, init
@@ -126,6 +129,28 @@ def test_a_note_of_an_earlier_version_is_refused_in_one_sentence(config: TrainCo
     earlier = {key: value for key, value in note.items() if "window" not in key}
     with pytest.raises(ValueError, match="another window of examples: it was None"):
         check_note(earlier, note, Path("runs/old"))
+
+
+def test_a_checkpoint_says_what_made_it(whole: Result, config: TrainConfig):
+    note = Checkpoints(whole.directory / "checkpoints").note(4)
+    settings = json.dumps(asdict(replace(config, output=None)))
+    assert note["configuration"] == json.loads(settings)
+    assert note["versions"]["jax"] == jax.__version__
+    assert note["code"].startswith(f"dpojax {__version__}, ")
+    assert note["devices"] == "4 of cpu (cpu) in 1 process(es)"
+    assert len(note["data"]) == 64
+
+
+def test_a_run_that_others_began_says_so_as_it_is_resumed(
+    config: TrainConfig, capsys: pytest.CaptureFixture
+):
+    note = make_note(config, "", 16)
+    check_note(note, note, Path("runs/old"))
+    assert capsys.readouterr().out == ""
+    older = note["versions"] | {"jax": "0.9"}
+    check_note(note | {"versions": older}, note, Path("runs/old"))
+    said = capsys.readouterr().out
+    assert f"made by the same: jax was 0.9 and is {jax.__version__}; from" in said
 
 
 def test_a_resumed_run_must_be_the_same_run(whole: Result, config: TrainConfig):
