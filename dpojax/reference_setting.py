@@ -3,11 +3,15 @@
 This file knows neither the loop nor the model.
 """
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from dpojax.config import MovingConfig, TrainConfig
 from dpojax.losses.make import Loss
 from dpojax.reference import Movement, bema, tr_dpo
+
+_SIDES = ("chosen", "rejected")
 
 
 class NamedReference(NamedTuple):
@@ -32,6 +36,41 @@ def named_reference(setting: str | None) -> NamedReference:
             "as it is at step 0, precomputed."
         )
     return NamedReference(after or None, True)
+
+
+def why_not_equal(config: TrainConfig, values: Mapping[str, float]) -> str | None:
+    """Why the policy is not the reference at step 0; None where it is, or has none.
+
+    Args:
+      config: the settings.
+      values: an evaluation at step 0.
+    """
+    sides = [side for side in _SIDES if f"logratios/{side}" in values]
+    means = [values[f"logratios/{side}"] for side in sides]
+    errors = [values[f"logratios/{side}_se"] for side in sides]
+    # Of a single example, a mean has no standard error.
+    if not any(means) and all(error == 0 or math.isnan(error) for error in errors):
+        return None
+    model, is_precomputed = named_reference(config.reference)
+    if model is not None and model != config.model:
+        reason = f"the reference is {model}"
+    elif is_precomputed:
+        reason = "its log-probabilities were computed in other rows, and are rounded"
+    elif config.lora.kind == "dora":
+        reason = "the norms that DoRA divides by are rounded"
+    else:
+        reason = (
+            "no setting accounts for it; look for damage in the weights, or devices "
+            "that do not compute the same twice"
+        )
+    told = " and ".join(
+        f"{values[f'logratios/{side}']:.3g} of {values[f'logps/{side}']:.5g} ({side})"
+        for side in sides
+    )
+    return (
+        f"At step 0 the policy is not equal to the reference: {reason}. Its mean "
+        f"log-ratios are {told}, nats."
+    )
 
 
 def make_movement(config: MovingConfig, loss: Loss) -> Movement | None:

@@ -33,7 +33,7 @@ from dpojax.prepare import (
 from dpojax.processes import check_same
 from dpojax.progress import say, track
 from dpojax.reference import Params
-from dpojax.reference_setting import named_reference
+from dpojax.reference_setting import named_reference, why_not_equal
 from dpojax.resume import abstract, check_note, find_step, make_note
 from dpojax.run_directory import RunDirectory, open_directory, write_samples
 from dpojax.run_log import figures_line, num_parameters, summary
@@ -205,6 +205,9 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
     if step == 0:
         first = evaluated(0)
         last, last_at = first, 0
+        reason = why_not_equal(config, first)
+        if reason is not None:
+            say(reason)
 
     # -- The loop ---------------------------------------------------------------------
     def logged(step: int, values: dict[str, float]) -> None:

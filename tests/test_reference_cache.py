@@ -470,7 +470,10 @@ def test_batches_with_and_without_the_numbers_are_not_mixed():
 
 
 def test_a_run_and_its_resumption_take_each_examples_own_numbers(
-    cached: TrainConfig, place: Path, tmp_path: Path
+    cached: TrainConfig,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ):
     """At a learning rate of almost 0 the policy stays: all losses are log 2."""
     still = OptimizerConfig(learning_rate=1e-30)
@@ -478,6 +481,8 @@ def test_a_run_and_its_resumption_take_each_examples_own_numbers(
     parts = replace(parts, sample_prompts=0)
     run(replace(parts, stop_after=1))
     directory = run(replace(parts, resume=True)).directory
+    said = capsys.readouterr().out
+    assert said.count("At step 0 the policy is not equal to the reference") == 1
     rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     found = {(row["split"], row["step"]): row for row in rows}
     trained, tested = [("train", 1), ("train", 2)], [("test", n) for n in range(3)]

@@ -6,6 +6,7 @@ One short run is shared by the tests that only look at it.
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from dpojax.checkpoint import Checkpoints
 from dpojax.cli import _load_experiment
 from dpojax.command_config import EvalConfig, ExportConfig, GenerateConfig, InitConfig
 from dpojax.commands import evaluate_policy, init
-from dpojax.config import OptimizerConfig, TrainConfig
+from dpojax.config import LoraConfig, OptimizerConfig, TrainConfig
 from dpojax.data.order import WINDOW
 from dpojax.data.synthetic import (
     make_tokenizer,
@@ -25,6 +26,7 @@ from dpojax.data.synthetic import (
 from dpojax.data.tokenize import encode_prompt
 from dpojax.evaluation import sample_metrics
 from dpojax.exporting import export
+from dpojax.reference_setting import why_not_equal
 from dpojax.resume import check_note, make_note
 from dpojax.run import Result, run
 from dpojax.run_directory import write_samples
@@ -66,6 +68,32 @@ def test_the_first_evaluation_is_of_equal_policies(whole: Result):
     assert first["rewards/accuracies"] == 0.5
     assert first["rewards/chosen"] == 0 == first["rewards/chosen_se"]
     assert whole.last_evaluation["loss"] != first["loss"]
+
+
+def test_a_policy_that_is_not_its_reference_at_the_start_is_told_why(
+    whole: Result, config: TrainConfig
+):
+    """The last evaluation stands for a first one that differs."""
+    assert why_not_equal(config, whole.first_evaluation) is None
+    values = whole.last_evaluation
+
+    def reason(**changes: Any) -> str:
+        told = why_not_equal(replace(config, **changes), values)
+        assert told is not None and f"{values['logratios/chosen']:.3g} of" in told
+        return told.partition(": ")[2]
+
+    assert reason().startswith("no setting accounts for it")
+    assert reason(reference=config.model).startswith("no setting accounts for it")
+    assert reason(reference="other").startswith("the reference is other.")
+    assert reason(reference="precomputed:other").startswith("the reference is other.")
+    assert "in other rows" in reason(reference="precomputed")
+    assert "DoRA" in reason(lora=LoraConfig(rank=2, kind="dora"))
+    names = ("logratios/chosen", "logratios/rejected")
+    zero = values | dict.fromkeys(names, 0.0)
+    assert why_not_equal(config, zero) is not None  # they cancel, but have a spread
+    errors = dict.fromkeys([f"{name}_se" for name in names], float("nan"))
+    assert why_not_equal(config, zero | errors) is None  # of a single example
+    assert why_not_equal(config, {"loss": 1.0}) is None  # there is no reference
 
 
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
