@@ -1,10 +1,11 @@
-"""What made something: code, versions, devices and settings, as JSON can hold them.
+"""What made something: code, versions, devices, settings, as JSON can hold them.
 
 None of it must be the same for a run to be the same run; but where it differs, its last
 digits may. This file knows no run.
 """
 
 import hashlib
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ import jax
 from dpojax import __version__
 from dpojax.config import DistributedConfig, TrainConfig
 
-MADE_BY = ("code", "versions", "devices", "configuration")
+MADE_BY = ("code", "versions", "devices", "XLA_FLAGS", "configuration")
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -44,6 +45,7 @@ def made_by(config: TrainConfig) -> dict[str, Any]:
         "code": code(),
         "versions": versions(),
         "devices": devices(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "configuration": asdict(shared),
     }
 
@@ -56,7 +58,8 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         perhaps nothing.
       now: the same of this process.
     """
-    pairs = {name: (before.get(name), now[name]) for name in ("code", "devices")}
+    names = ("code", "devices", "XLA_FLAGS")
+    pairs = {name: (before.get(name), now[name]) for name in names}
     old = before.get("versions", {})
     pairs |= {name: (old.get(name), value) for name, value in now["versions"].items()}
     told = [

@@ -478,7 +478,7 @@ def test_a_run_and_its_resumption_take_each_examples_own_numbers(
     """At a learning rate of almost 0 the policy stays: all losses are log 2."""
     still = OptimizerConfig(learning_rate=1e-30)
     parts = replace(cached, output=str(tmp_path / "run"), optimizer=still, steps=2)
-    parts = replace(parts, sample_prompts=0)
+    parts = replace(parts, sample_prompts=0, evaluate_every=1)
     run(replace(parts, stop_after=1))
     directory = run(replace(parts, resume=True)).directory
     said = capsys.readouterr().out

@@ -4,6 +4,9 @@ One short run is shared by the tests that only look at it.
 """
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +113,26 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
         np.testing.assert_array_equal(array, second[name], err_msg=name)
     assert metrics_of(whole.directory) == metrics_of(resumed.directory)
     assert samples_of(whole.directory) == samples_of(resumed.directory)
+
+
+@pytest.mark.slow
+def test_another_process_repeats_a_run_bit_for_bit(whole: Result, place: Path):
+    """By what the run left; sets of strings come in another order there."""
+    again = place / "again"
+    arguments = ["train", whole.directory / "config.py", "--output", again]
+    subprocess.run(
+        [sys.executable, "-m", "dpojax", *map(str, arguments)],
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+        check=True,
+        capture_output=True,
+    )
+    first, second = (
+        (path / "final" / "model.safetensors").read_bytes()
+        for path in (whole.directory, again)
+    )
+    assert first == second
+    assert metrics_of(whole.directory) == metrics_of(again)
+    assert samples_of(whole.directory) == samples_of(again)
 
 
 def test_each_evaluation_samples_and_tells_length_and_ends(whole: Result):
