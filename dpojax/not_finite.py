@@ -8,7 +8,7 @@ This file knows no loop.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,19 +61,59 @@ def explain(
       training: whose step it was.
       placement: how rows reach the devices.
     """
-    try:
-        placed = placement.put(case.batch)
-        step = np.int32(error.step - 1)
+
+    def examine(batch: Batch) -> Findings:
+        placed, step = placement.put(batch), np.int32(error.step - 1)
         found = training.examine(state, step, training.frozen, placed)
-        found = jax.tree.map(np.asarray, found)
+        return jax.tree.map(np.asarray, found)
+
+    try:
+        found = examine(case.batch)
+        origin = find_origin(found)
+        clause = _examples(origin, case.rows)
+        if origin.slots is None:
+            clause = _alone(find_row(examine, case.batch), case.rows)
     except jax.errors.JaxRuntimeError as reason:
         first = str(reason).splitlines()[0]
         return FloatingPointError(f"{error} Where it began was not found: {first}")
-    origin = find_origin(found)
     where = case.directory / "nan" / f"step-{error.step}"
-    sentence = f"{error} It began in {origin.place}{_examples(origin, case.rows)}"
-    _write(where, sentence, case, found, origin)
+    sentence = f"{error} It began in {origin.place}{clause}"
+    try:
+        _write(where, sentence, case, found, origin)
+    except OSError as reason:  # a full disk must not hide what was found
+        return FloatingPointError(f"{sentence}; a report was not written: {reason}.")
     return FloatingPointError(f"{sentence}; what a report needs is in {where}.")
+
+
+def find_row(examine: Callable[[Batch], Findings], batch: Batch) -> int | None:
+    """A row of which alone the gradient is not finite; None where it takes several.
+
+    Of a gradient it cannot be said which examples it is of. So the batch is filled with
+    copies of half of its rows, and of half of these.
+    """
+    every = np.arange(len(batch.tokens))
+
+    def is_bad(rows: np.ndarray) -> bool:
+        filled = np.resize(rows, every.shape)
+        copies = jax.tree.map(lambda array: array[filled], batch)
+        return not np.isfinite(examine(copies).gradient_norm)
+
+    rows = every
+    while len(rows) > 1:
+        halves = np.array_split(rows, 2)
+        bad = next((half for half in halves if is_bad(half)), None)
+        if bad is None:
+            return None
+        rows = bad
+    return int(rows[0]) if is_bad(rows) else None
+
+
+def _alone(row: int | None, rows: Rows) -> str:
+    """A clause that names the training examples of a row, counted from 0."""
+    if row is None:
+        return ""
+    numbers = ", ".join(map(str, sorted(rows[row])))
+    return f", which the training examples {numbers} (from 0) alone bring about"
 
 
 def _examples(origin: Origin, rows: Rows) -> str:

@@ -23,6 +23,7 @@ from dpojax.losses.make import make_loss
 from dpojax.measure import make_measure
 from dpojax.metrics import Ratio
 from dpojax.models.decoder import Model, make_model
+from dpojax.not_finite import find_row
 from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.origin import find_origin
 from dpojax.policy import load_policy
@@ -302,6 +303,22 @@ def test_a_poisoned_weight_or_token_is_found_where_it_is(examine: Any):
     assert origin.slots is not None
     assert np.argwhere(origin.slots).tolist() == [[0, 1]]
     assert not np.isfinite(found.hidden[0, 0, -1])  # by its row's attention
+
+
+@pytest.mark.parametrize(("bad", "row"), [({5}, 5), ({2, 6}, 2), (set(), None)])
+def test_a_row_that_suffices_is_found_by_halves(bad: set[int], row: int | None):
+    batch = as_batch([[one] for one in random_examples(7)], length=32)
+    batch.weight[:, 0] = np.arange(7)
+    asked = []
+
+    def examine(half: Batch) -> Any:
+        asked.append(sorted(set(half.weight[:, 0].astype(int).tolist())))
+        assert len(half.tokens) == 7  # the shape that is compiled already
+        norm = np.inf if bad & set(asked[-1]) else 1.0
+        return all_finite()._replace(gradient_norm=np.array(norm))
+
+    assert find_row(examine, batch) == row
+    assert asked[0] == [0, 1, 2, 3] and len(asked) <= 7
 
 
 def test_examples_are_located_where_batches_have_them():

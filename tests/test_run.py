@@ -5,6 +5,7 @@ One short run is shared by the tests that only look at it.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -282,6 +283,13 @@ def test_a_number_that_is_none_stops_the_run_and_names_the_step(
         sample_prompts=0,
         optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0),
     )
-    with pytest.raises(FloatingPointError, match="of step 2 is nan"):
+    with pytest.raises(FloatingPointError, match="of step 2 is nan") as error:
         run(wild)
+    # Every norm overflows, and so does its derivative, for each row alone.
+    assert re.search(
+        r"the gradient after the last layer, not finite in norm/scale, which the "
+        r"training examples \d+ \(from 0\) alone bring about",
+        str(error.value),
+    )
+    assert (place / "wild" / "nan" / "step-2" / "report.json").is_file()
     assert not list((place / "wild" / "checkpoints").glob("[0-9]*"))
