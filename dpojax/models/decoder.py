@@ -186,8 +186,7 @@ class Decoder(nnx.Module):
         The stages are the embedding, the layers in their order and the last norm. What
         is not finite counts as infinite.
         """
-        hidden, _, sizes = self._whole_rows(batch, largest)
-        first, layers = sizes
+        hidden, _, (first, layers) = self._whole_rows(batch, largest)
         return jnp.concatenate([first[None], layers, largest(hidden)[None]])
 
     def _whole_rows(
@@ -304,10 +303,7 @@ class Decoder(nnx.Module):
         real: Array | None = None,
         watch: Watch = unwatched,
     ) -> tuple[Hidden, Any, Routing | None, tuple[Any, Any]]:
-        """All layers; where `real` is given, choices of experts are counted there.
-
-        `watch` sees hidden states as they enter the first layer, and after each.
-        """
+        """All layers; choices of experts are counted where tokens are `real`."""
         config, dtype = self.config, self.options.compute_dtype
         constrain = self.options.constrain
         hidden = constrain(self._embed(tokens, position))
