@@ -7,6 +7,7 @@
     checkpoints/    states of training
     lock            held by the process that writes here
     final/          the trained model, in Hugging Face's form
+    nan/            of a step that was not finite: what a report of it needs
 
 This file knows no training.
 """
