@@ -17,6 +17,12 @@ from dpojax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from dpojax.data.bad_records import (
+    BadRecords,
+    OnBadRecord,
+    Skipped,
+    describe_skipped,
+)
 from dpojax.data.packing import Example
 from dpojax.data.records import load_records
 from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
@@ -176,12 +182,16 @@ def load_examples(
     max_length: int = 1024,
     too_long: Literal["truncate", "drop"] = "truncate",
     turns: Literal["all", "assistant"] = "all",
+    on_bad_record: OnBadRecord = "stop",
+    skipped: list[Skipped] | None = None,
 ) -> list[Example]:
     """Reads, converts and tokenises what a loss takes, and says what was left out.
 
     Takes what `dpojax.data.records.load_records` and
-    `dpojax.data.tokenize.tokenize_records` take.
+    `dpojax.data.tokenize.tokenize_records` take. Bad records that are left out, where
+    there are any, are added to `skipped`.
     """
+    bad = BadRecords() if on_bad_record == "skip" else None
     records, conversion = load_records(
         sources,
         split=split,
@@ -193,19 +203,33 @@ def load_examples(
         pairs_from=pairs_from,
         beta=rejection_beta,
         needs_scores="score" in loss.needs,
+        bad=bad,
     )
     examples, counts = tokenize_records(
-        records, tokenizer, max_length=max_length, too_long=too_long, turns=turns
+        records,
+        tokenizer,
+        max_length=max_length,
+        too_long=too_long,
+        turns=turns,
+        bad=bad,
     )
     say(f"{split}: {describe(conversion)}; {describe(counts)}")
+    if bad is not None and bad.of_split(split).reasons:
+        say(describe_skipped(bad.of_split(split)))
+        if skipped is not None:
+            skipped.append(bad.of_split(split))
     _check_probabilities(loss, examples)
     return examples
 
 
 def load_split(
-    config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
+    config: TrainConfig,
+    loss: Loss,
+    tokenizer: Tokenizer,
+    split: str,
+    skipped: list[Skipped] | None = None,
 ) -> list[Example]:
-    """The examples of a split of a run's data."""
+    """The examples of a split of a run's data, see `load_examples`."""
     return load_examples(
         config.data,
         loss,
@@ -221,6 +245,8 @@ def load_split(
         max_length=config.max_length,
         too_long=config.too_long,
         turns=config.turns,
+        on_bad_record=config.on_bad_record,
+        skipped=skipped,
     )
 
 

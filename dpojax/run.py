@@ -14,6 +14,7 @@ from dpojax.batch import Batch
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
 from dpojax.connecting import connect
+from dpojax.data.bad_records import Skipped
 from dpojax.data.loader import counted_batches, fingerprint
 from dpojax.data.packing import Example, OwnRows, every_row, with_mismatched
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
@@ -33,7 +34,12 @@ from dpojax.progress import say, track
 from dpojax.reference import Params
 from dpojax.reference_setting import named_reference
 from dpojax.resume import abstract, check_note, make_note
-from dpojax.run_directory import begin_directory, choose_directory, write_samples
+from dpojax.run_directory import (
+    begin_directory,
+    choose_directory,
+    write_samples,
+    write_skipped,
+)
 from dpojax.run_log import figures_line, num_parameters, summary
 from dpojax.sharding import (
     Placement,
@@ -82,8 +88,9 @@ def run(config: TrainConfig) -> Result:
     # -- Model, data and reference ----------------------------------------------------
     loaded = load_policy(config, loss, mesh)
     check_positions(loaded, config.max_length)
-    train = load_split(config, loss, loaded.tokenizer, config.train_split)
-    test = load_split(config, loss, loaded.tokenizer, config.test_split)
+    skipped: list[Skipped] = []
+    train = load_split(config, loss, loaded.tokenizer, config.train_split, skipped)
+    test = load_split(config, loss, loaded.tokenizer, config.test_split, skipped)
     if "reward_head" in loss.needs:
         train, test = (as_reward_examples(part, loaded) for part in (train, test))
     advice = balance_advice(loss, train)
@@ -150,6 +157,7 @@ def run(config: TrainConfig) -> Result:
     step = checkpoints.steps[-1] if config.resume and checkpoints.steps else 0
     if step == 0:  # only now: what was refused above leaves no directory behind
         begin_directory(directory, config, loaded)
+        write_skipped(directory, skipped)
     first: dict[str, float] = {}
     last, last_at = first, -1  # the newest evaluation and its step
     if step:

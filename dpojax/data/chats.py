@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from dpojax.data.bad_records import BadRecord
 from dpojax.data.fields import Record
 
 Tokenizer = PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def render_messages(
         )
     except (ValueError, TypeError, jinja2.TemplateError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise BadRecord(
             f"{record.origin}: the tokenizer's chat template fails: {reason}"
         ) from error
     return str(rendered)
@@ -101,7 +102,7 @@ def _assistant_turns(
         after = render_messages(record, tokenizer, messages[: place + 1])
         is_incremental = after.startswith(before) and whole.startswith(after)
         if not is_incremental or len(before) < done:
-            raise ValueError(
+            raise BadRecord(
                 f"{record.origin}: the chat template renders a turn differently once "
                 "others follow, so the assistant's cannot be told apart; use another "
                 "template, or score all turns."
@@ -118,7 +119,7 @@ def _render_after(
 ) -> str:
     whole = render_messages(record, tokenizer, messages)
     if not whole.startswith(prompt):
-        raise ValueError(
+        raise BadRecord(
             f"{record.origin}: the chat template renders the prompt differently once a "
             "completion follows, so the two cannot be told apart; use another template."
         )

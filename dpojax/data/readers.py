@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpojax.data import fields
+from dpojax.data.bad_records import BadRecord
 from dpojax.data.conversations import (
     as_messages,
     instruction_turns,
@@ -180,7 +181,7 @@ def nectar(row: Row) -> Record:
 
 def _entry(entry: Any, name: str, key: str, row: Row) -> Mapping[str, Any]:
     if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin}: one of {name} is not an object with {key!r} as a string."
         )
     return entry
@@ -202,7 +203,7 @@ def alpaca(row: Row) -> Record:
         return alpaca_answer(row)
     is_pair = len(output) == 2 and all(isinstance(text, str) for text in output)
     if not is_pair:
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin}: output is neither a string nor a list of two, the better "
             "one first."
         )

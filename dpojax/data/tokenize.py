@@ -22,7 +22,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpojax.data.chats import Piece, Tokenizer, Turns, render, render_messages
+from dpojax.data.bad_records import BadRecords, usable
+from dpojax.data.chats import (
+    Piece,
+    Rendered,
+    Tokenizer,
+    Turns,
+    render,
+    render_messages,
+)
 from dpojax.data.conversions import ConversionCounts
 from dpojax.data.fields import Record, Text
 from dpojax.data.packing import Example
@@ -93,6 +101,7 @@ def tokenize_records(
     max_length: int = 1024,
     too_long: TooLong = "truncate",
     turns: Turns = "all",
+    bad: BadRecords | None = None,
 ) -> tuple[list[Example], Counts]:
     """Tokenises records.
 
@@ -107,6 +116,8 @@ def tokenize_records(
       max_length: most tokens of a prompt and one completion, EOS included.
       too_long: whether to cut or to drop what exceeds it.
       turns: whether every turn of a chat's completion is scored, or the assistant's.
+      bad: where records whose chat template fails are noted, which are left out; None:
+        the first one stops.
 
     Returns:
       The examples, and the counts of what was cut or left out.
@@ -122,9 +133,14 @@ def tokenize_records(
             "Only the assistant's turns are to be scored, but no record is a chat; "
             "leave turns at 'all'."
         )
+
+    def rendered_with(record: Record) -> tuple[Record, Rendered]:
+        return record, render(record, tokenizer, turns)
+
+    rendered = usable(rendered_with, records, bad)
     tally: Counter[str] = Counter()
     examples: list[Example] = []
-    for record, ids in zip(records, _encode(records, tokenizer, turns), strict=True):
+    for record, ids in _encode(rendered, tokenizer):
         if ids.length > max_length:
             if too_long == "drop":
                 tally["dropped_too_long"] += 1
@@ -138,12 +154,13 @@ def tokenize_records(
         else:
             examples.append(_as_example(ids, record))
     names = Counts._fields[2:]
-    counts = Counts(len(records), len(examples), *(tally[name] for name in names))
+    counts = Counts(len(rendered), len(examples), *(tally[name] for name in names))
     if not examples:
         raise ValueError(
-            f"Of {len(records)} records none is left: {counts.dropped_too_long} exceed "
-            f"max_length {max_length} and {counts.dropped_identical} have identical "
-            f"completions, and of {counts.dropped_unscored} nothing is scored."
+            f"Of {counts.records} records none is left: {counts.dropped_too_long} "
+            f"exceed max_length {max_length} and {counts.dropped_identical} have "
+            f"identical completions, and of {counts.dropped_unscored} nothing is "
+            "scored."
         )
     return examples, counts
 
@@ -193,20 +210,27 @@ class _Ids(NamedTuple):
 
 
 def _encode(
-    records: Sequence[Record], tokenizer: Tokenizer, turns: Turns
-) -> Iterator[_Ids]:
-    rendered = [render(record, tokenizer, turns) for record in records]
-    prompts = _ids(tokenizer, [texts.prompt for texts in rendered])
-    pieces = [p.text for texts in rendered for some in texts.completions for p in some]
+    rendered: Sequence[tuple[Record, Rendered]], tokenizer: Tokenizer
+) -> Iterator[tuple[Record, _Ids]]:
+    prompts = _ids(tokenizer, [texts.prompt for _, texts in rendered])
+    pieces = [
+        piece.text
+        for _, texts in rendered
+        for completion in texts.completions
+        for piece in completion
+    ]
     piece_ids = iter(_ids(tokenizer, pieces))
     adds_bos = _adds_bos(tokenizer)
-    for record, prompt, texts in zip(records, prompts, rendered, strict=True):
+    for (record, texts), prompt in zip(rendered, prompts, strict=True):
         is_text = isinstance(record.prompt, str)
         joined = [_join(some, piece_ids, tokenizer) for some in texts.completions]
-        yield _Ids(
-            _with_bos(prompt, tokenizer, adds_bos and is_text),
-            [ids for ids, _ in joined],
-            [mask for _, mask in joined],
+        yield (
+            record,
+            _Ids(
+                _with_bos(prompt, tokenizer, adds_bos and is_text),
+                [ids for ids, _ in joined],
+                [mask for _, mask in joined],
+            ),
         )
 
 
