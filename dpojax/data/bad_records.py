@@ -88,6 +88,11 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def cut(text: str) -> str:
+    """What a library said, for a message, however much it is."""
+    return text if len(text) <= 500 else text[:500] + " ..."
+
+
 def listed(names: Iterable[object]) -> str:
     """Names for a message, however many and long, each on one line."""
     texts = [str(name) for name in names]

@@ -8,9 +8,9 @@ with EOS once. Rows and batches are not this file's concern.
 
 import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,20 +22,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpojax.data.bad_records import BadRecords, usable
+from dpojax.data.bad_records import BadRecords, cut, usable
 from dpojax.data.chats import (
     Piece,
     Rendered,
     Tokenizer,
     Turns,
+    check_text,
     render,
-    render_messages,
 )
 from dpojax.data.conversions import ConversionCounts
 from dpojax.data.fields import Record, Text
 from dpojax.data.packing import Example
-from dpojax.data.tokenizer_files import check_files
+from dpojax.data.tokenizer_files import check_files, check_templates
 
+# Characters. Decompressed, a small file can fill the memory.
+_LARGEST_FILE = 2**28
 TooLong = Literal["truncate", "drop"]
 
 
@@ -71,7 +73,7 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
     """
     path = Path(source)
     check_files(path)
-    try:
+    with _refusing_failure(f"No tokenizer can be read from {source}"):
         if path.is_file():
             tokenizer = _load_file(path)
         else:
@@ -79,9 +81,7 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source), trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"No tokenizer can be read from {source}: {reason}") from error
+    check_templates(tokenizer.chat_template, source)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ValueError(f"The tokenizer {source} has no token {eos_token!r}.")
@@ -168,8 +168,9 @@ def tokenize_records(
 def encode_prompt(prompt: Text, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a prompt to be continued, as in training."""
     if isinstance(prompt, str):
+        check_text(prompt, "The prompt")
         return _with_bos(_ids(tokenizer, [prompt])[0], tokenizer, _adds_bos(tokenizer))
-    text = render_messages(Record(prompt, (), "The prompt"), tokenizer, ())
+    text = render(Record(prompt, (), "The prompt"), tokenizer).prompt
     return _with_bos(_ids(tokenizer, [text])[0], tokenizer, False)
 
 
@@ -186,7 +187,9 @@ def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int, model: str) -> 
 def _load_file(path: Path) -> Tokenizer:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
-        text = file.read()
+        text = file.read(_LARGEST_FILE)
+    if len(text) == _LARGEST_FILE:
+        raise ValueError(f"it has {_LARGEST_FILE:,} characters or more")
     content = json.loads(text)
     # A vocabulary may hold "model" as well: GPT-2's does, and its value is an id.
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -269,10 +272,28 @@ def _as_example(ids: _Ids, record: Record) -> Example:
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a text longer than the model's own limit is dealt with here.
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    with _refusing_failure("The tokenizer fails, so its files do not fit each other"):
+        # verbose=False: a text longer than the model's own limit is dealt with here.
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@contextmanager
+def _refusing_failure(what: str) -> Iterator[None]:
+    """Says what it is, whichever way two libraries fail on files of strangers.
+
+    The tokenizers library raises bare Exceptions, and others where its Rust panics;
+    transformers whatever a value of a wrong kind leads to.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if not is_panic and not isinstance(error, Exception):
+            raise
+        reason = " ".join(cut(str(error)).split())
+        raise ValueError(f"{what}: {reason}") from error
 
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer, adds_bos: bool) -> list[int]:
@@ -288,7 +309,8 @@ def _with_bos(ids: list[int], tokenizer: Tokenizer, adds_bos: bool) -> list[int]
 
 def _adds_bos(tokenizer: Tokenizer) -> bool:
     bos = _bos(tokenizer)
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    with _refusing_failure("The tokenizer fails, so its files do not fit each other"):
+        return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def _bos(tokenizer: Tokenizer) -> int | None:
