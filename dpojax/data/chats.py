@@ -89,7 +89,7 @@ def render_messages(
     assert not isinstance(record.prompt, str)
     if to_be_continued is None:
         to_be_continued = not messages
-    tools = None if record.tools is None else [*record.tools]
+    tools: Any = None if record.tools is None else [*record.tools]
     try:
         check_template(tokenizer.get_chat_template(tools=tools))
         rendered = tokenizer.apply_chat_template(

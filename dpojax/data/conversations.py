@@ -83,7 +83,8 @@ def _as_message(message: dict[str, Any], name: str, origin: str) -> dict[str, An
     if isinstance(message.get("role"), str):
         return message
     speaker, said = message.get("from"), message.get("value")
-    if speaker not in _ROLES or not isinstance(said, str):
+    is_known = isinstance(speaker, str) and speaker in _ROLES
+    if not is_known or not isinstance(said, str):
         raise BadRecord(
             f"{origin}: a message of {name} is by {shown(speaker)}; it must have a "
             f"string as value and be from one of {', '.join(_ROLES)}, or have a role."

@@ -290,7 +290,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 "not ignore."
             )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    is_number = type(alpha) in (int, float) and 0 < alpha < math.inf
+    is_number = isinstance(alpha, int | float) and 0 < alpha < math.inf
     if type(rank) is not int or rank < 1 or not is_number:
         raise ValueError(
             f"{path} has r = {rank!r} and lora_alpha = {alpha!r}; both must be "
