@@ -4,7 +4,6 @@ LLaMA-Factory's sharegpt says {from, value}, its alpaca instruction, input and h
 messages of {role, content} stay as they are. Knows one row, no format as a whole.
 """
 
-import json
 from typing import Any
 
 from dpojax.data import fields
@@ -96,12 +95,7 @@ def _as_message(message: dict[str, Any], name: str, origin: str) -> dict[str, An
 
 def _calls(said: str, origin: str) -> list[dict[str, Any]]:
     """A call, or a list of calls, written as JSON."""
-    try:
-        calls = json.loads(said)
-    except json.JSONDecodeError as error:
-        raise BadRecord(
-            f"{origin}: a function_call is not JSON: {error.msg}."
-        ) from error
+    calls = fields.parsed(said, "a function_call", origin)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
         raise BadRecord(f"{origin}: a function_call names no function to call.")

@@ -5,7 +5,6 @@ which columns belong together, and no tokenizer: text and messages stay as they 
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,9 @@ from dpojax.data.bad_records import BadRecord, shown
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
+# Of 32 bits, in which scores and weights are computed with.
+LARGEST = 3.4e38
+SMALLEST = 1e-37
 Kind = Literal["single", "pair", "judged", "ranked"]
 
 
@@ -144,6 +146,18 @@ def checked_string(value: Any, name: str, origin: str) -> str:
     return value
 
 
+def parsed(text: str, name: str, origin: str) -> Any:
+    """What a string holds as JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"{origin}: {name} is not JSON: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(
+            f"{origin}: {name} is too deep, or holds a number of too many digits."
+        ) from error
+
+
 def optional_string(row: Row, column: str) -> str:
     """A string, empty where the column is missing or null."""
     return "" if row.values.get(column) is None else string(row, column)
@@ -162,9 +176,9 @@ def checked_list(value: Any, name: str, origin: str) -> list[Any]:
 
 
 def checked_number(value: Any, name: str, origin: str) -> float:
-    """The value, if it is a finite number."""
+    """The value, if it is a number that is finite in 32 bits too."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    if not is_number or not abs(value) <= LARGEST:
         raise BadRecord(
             f"{origin}: {name} is {shown(value)}; it must be a finite number."
         )
@@ -244,7 +258,7 @@ def _weight(row: Row) -> float:
     if value is None:
         return 1.0
     weight = checked_number(value, "weight", row.origin)
-    if weight <= 0:
+    if weight < SMALLEST:
         raise BadRecord(
             f"{row.origin}: weight is {weight:g}; it must be positive, so remove the "
             "record if it is not to count."
@@ -255,10 +269,7 @@ def _weight(row: Row) -> float:
 def _tools(row: Row) -> list[dict[str, Any]] | None:
     tools = row.values.get("tools")
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise BadRecord(f"{row.origin}: tools is not JSON: {error.msg}.") from error
+        tools = parsed(tools, "tools", row.origin)
     if not tools or isinstance(tools, str):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
