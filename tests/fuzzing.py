@@ -144,8 +144,12 @@ def check_sight(batch: Batch, row: int, examples: Sequence[Example]) -> None:
         )
     )[row]
     for place in np.flatnonzero(batch.branch[row]):
-        example = examples[batch.example[row, place] - 1]
-        completion = example.completions[batch.branch[row, place] - 1]
-        before = batch.position[row, place] - len(example.prompt) + 1
+        slot, branch, position = (
+            int(array[row, place])
+            for array in (batch.example, batch.branch, batch.position)
+        )
+        example = examples[slot - 1]
+        completion = example.completions[branch - 1]
+        before = position - len(example.prompt) + 1
         expected = [*example.prompt, *completion[:before]]
         assert batch.tokens[row, seen[place]].tolist() == [int(t) for t in expected]

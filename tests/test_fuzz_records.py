@@ -69,24 +69,20 @@ def use_lines(path: Path, random: Random) -> bool:
     path.write_bytes(b"\n".join(lines))
     kind = fitting if random.random() < 0.8 else random.choice(KINDS)
     bad = BadRecords() if random.random() < 0.5 else None
+    reading: Any = {
+        "pairs_from": random.choice((*["best_worst"] * 8, "all", "rso")),
+        "needs_scores": random.random() < 0.1,
+    }
+    tokenizing: Any = {
+        "max_length": random.choice((4, 16, *[1024] * 4)),
+        "too_long": random.choice((*["truncate"] * 4, "drop")),
+        "turns": random.choice((*["all"] * 4, "assistant")),
+    }
     try:
         records, _ = load_records(
-            [str(path)],
-            split="train",
-            kind=kind,
-            test_size=0,
-            pairs_from=random.choice((*["best_worst"] * 8, "all", "rso")),
-            needs_scores=random.random() < 0.1,
-            bad=bad,
+            [str(path)], split="train", kind=kind, test_size=0, bad=bad, **reading
         )
-        found, _ = tokenize_records(
-            records,
-            TOKENIZER,
-            max_length=random.choice((4, 16, *[1024] * 4)),
-            too_long=random.choice((*["truncate"] * 4, "drop")),
-            turns=random.choice((*["all"] * 4, "assistant")),
-            bad=bad,
-        )
+        found, _ = tokenize_records(records, TOKENIZER, bad=bad, **tokenizing)
     except ValueError as error:
         check_sentence(error)
         return False

@@ -16,6 +16,7 @@ Text = str | Messages
 # Of 32 bits, in which scores and weights are computed with.
 LARGEST = 3.4e38
 SMALLEST = 1e-37
+_DEEPEST = 100  # lists and objects in one another; schemas of tools have ten
 Kind = Literal["single", "pair", "judged", "ranked"]
 
 
@@ -149,13 +150,27 @@ def checked_string(value: Any, name: str, origin: str) -> str:
 def parsed(text: str, name: str, origin: str) -> Any:
     """What a string holds as JSON."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRecord(f"{origin}: {name} is not JSON: {error.msg}.") from error
     except (ValueError, RecursionError) as error:
         raise BadRecord(
             f"{origin}: {name} is too deep, or holds a number of too many digits."
         ) from error
+    check_depth(value, f"{origin}: {name}")
+    return value
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Refuses what is nested so deeply that whoever looks into it may not come out."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        lists = [inside for inside in level if isinstance(inside, list)]
+        lists += [inside.values() for inside in level if isinstance(inside, dict)]
+        level = [value for inside in lists for value in inside]
+        if not level:
+            return
+    raise BadRecord(f"{where} is nested more than {_DEEPEST} levels deep.")
 
 
 def optional_string(row: Row, column: str) -> str:

@@ -32,6 +32,7 @@ def as_record(row: Row) -> Record:
       ValueError: naming the origin, for a row of no format or with values that its
         format does not allow.
     """
+    fields.check_depth(row.values, row.origin)
     for format in FORMATS:
         if all(column in row.values for column in format.columns):
             _check_prompt(row, format)

@@ -45,6 +45,7 @@ def _of_row(row: Row) -> Text:
         raise ValueError(
             f"{row.origin} has no 'prompt'; it has {listed(row.values)}{hint}."
         )
+    fields.check_depth(row.values, row.origin)
     record = make_record(row, fields.text(row, "prompt"), ())
     if record.tools:
         raise ValueError(

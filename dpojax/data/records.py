@@ -23,6 +23,8 @@ from dpojax.data.fields import Kind, Record, Row
 from dpojax.data.files import checked_row, read_splits
 from dpojax.data.formats import as_record, rename_columns
 
+_MOST_TIMES = 1000  # that a record is repeated
+
 
 def load_records(
     sources: Sequence[str],
@@ -117,8 +119,10 @@ def read_records(
       ValueError: naming file and line for what cannot be read, and the columns or the
         splits there are for one that is missing.
     """
-    if test_size < 0:
-        raise ValueError(f"test_size is {test_size}; it must not be negative.")
+    if not 0 <= test_size < math.inf:
+        raise ValueError(
+            f"test_size is {test_size}; it must not be negative, but a number."
+        )
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples is {max_examples}; it must be positive.")
     splits = read_splits(source)
@@ -162,8 +166,11 @@ def weigh(records: Sequence[Record], weight: float) -> list[Record]:
     Raises:
       ValueError: if `weight` is not positive, or so small that no record is left.
     """
-    if not 0 < weight < math.inf:
-        raise ValueError(f"A data set's weight is {weight}; it must be positive.")
+    if not 0 < weight <= _MOST_TIMES:
+        raise ValueError(
+            f"A data set's weight is {weight}; it must be positive, and at most "
+            f"{_MOST_TIMES}."
+        )
     times, share = divmod(weight, 1)
     order = np.random.default_rng(0).permutation(len(records))
     more = sorted(order[: round(share * len(records))])
