@@ -26,8 +26,8 @@ def _windows(settings: Settings, rule: Callable[[int], bool]) -> Fields:
         unknown = set(types) - {"full_attention", "sliding_attention"}
         if unknown or len(types) != num_layers:
             raise ValueError(
-                f"config.json has layer_types {shown(types)}; dpojax reads one for each "
-                f"of {num_layers} layers, 'full_attention' or 'sliding_attention'."
+                f"config.json has layer_types {shown(types)}; dpojax reads one for "
+                f"each of {num_layers} layers, 'full_attention' or 'sliding_attention'."
             )
         windowed = tuple(kind == "sliding_attention" for kind in types)
     switched_on = settings.get("use_sliding_window", True)
