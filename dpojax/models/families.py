@@ -11,7 +11,7 @@ from dpojax.models.family_table import FAMILIES, Family
 from dpojax.models.rope_settings import (
     KEYS,
     RopeSettings,
-    check_factors,
+    check_rotation,
     read_rope,
 )
 from dpojax.models.setting_kinds import check_division, check_kinds, shown
@@ -82,8 +82,9 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
             f"dpojax supports 1.0 for {family.name}."
         )
     config = DecoderConfig(**fields, head=head)
-    for one in (rope.whole, rope.window):
-        check_factors(one, config.rotary_dimension or config.head_dimension)
+    if config.positions == "rotary":
+        for one in (rope.whole, rope.window):
+            check_rotation(one, config.rotary_dimension, config.head_dimension)
     return config
 
 

@@ -202,6 +202,11 @@ GPT_ACTIVATIONS = {
 
 def _gpt(settings: Settings) -> Fields:
     """What the families of GPT share."""
+    if settings["hidden_act"] is None:
+        raise ValueError(
+            "config.json has no activation function; dpojax supports "
+            f"{', '.join(GPT_ACTIVATIONS)}."
+        )
     return {
         "mlp_width": settings.get("intermediate_size") or 4 * settings["hidden_size"],
         "norm": "layer",
