@@ -185,7 +185,7 @@ def base(place: Path) -> TrainConfig:
 
 
 @given(st.integers(0, 2**62))
-@settings(max_examples=300)
+@settings(max_examples=500)
 def test_a_random_config_is_a_decoders_shape_or_one_sentence(
     tmp_path_factory: pytest.TempPathFactory, seed: int
 ):
