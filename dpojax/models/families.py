@@ -100,12 +100,12 @@ def _common_fields(settings: Mapping[str, Any], rope: RopeSettings) -> dict[str,
         "head_dimension": settings.get("head_dim")
         or settings["hidden_size"] // num_heads,
         "mlp_width": settings["intermediate_size"],
-        "norm_epsilon": settings.get("rms_norm_eps", 1e-6),
+        "norm_epsilon": float(settings.get("rms_norm_eps", 1e-6)),
         "rope_theta": rope.whole.theta,
         "rope_scaling": rope.whole.scaling,
         "tied_output": settings.get("tie_word_embeddings", False),
         "max_length": settings.get("max_position_embeddings", 2048),
-        "initializer_range": settings.get("initializer_range", 0.02),
+        "initializer_range": float(settings.get("initializer_range", 0.02)),
     }
 
 

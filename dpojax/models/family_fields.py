@@ -167,13 +167,17 @@ def gemma(settings: Settings, rope: RopeSettings) -> Fields:
     }
 
 
+def _optional(number: int | float | None) -> float | None:
+    return None if number is None else float(number)
+
+
 def gemma2(settings: Settings, rope: RopeSettings) -> Fields:
     """Gemma with norms on both sides, soft caps and alternate windows."""
     added = {
         "arrangement": "both",
         "attention_scale": settings["query_pre_attn_scalar"] ** -0.5,
-        "attention_cap": settings.get("attn_logit_softcapping"),
-        "logit_cap": settings.get("final_logit_softcapping"),
+        "attention_cap": _optional(settings.get("attn_logit_softcapping")),
+        "logit_cap": _optional(settings.get("final_logit_softcapping")),
     }
     windows = _windows(settings, lambda layer: layer % 2 == 0)
     return gemma(settings, rope) | added | windows
