@@ -104,17 +104,20 @@ def check_settings(config: TrainConfig, loss: Loss) -> None:
 
 # A seed may be a time; positions of a row stand in memory, all of them.
 _LARGEST: dict[str, int] = {"seed": 1 << 63, "row_length": 1 << 24}
+_LARGEST_FLOAT = 3.4e38  # of 32 bits
 
 
 def _check_numbers(config: object, within: str = "") -> None:
     """Refuses what is infinite or no number, and what no array could be as large as."""
     for name, value in vars(config).items():
-        most = _LARGEST.get(name, 1 << 31)
         if is_dataclass(value):
             _check_numbers(value, f"{within}{name}.")
-        elif isinstance(value, int | float) and not abs(value) < most:
+        elif isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT:
+            raise ValueError(f"{within}{name} is {value}; it must be a finite number.")
+        elif isinstance(value, int) and abs(value) >= _LARGEST.get(name, 1 << 31):
             raise ValueError(
-                f"{within}{name} is {value}; it must be a number smaller than {most:,}."
+                f"{within}{name} is {value}; it must be smaller than "
+                f"{_LARGEST.get(name, 1 << 31):,}."
             )
 
 
