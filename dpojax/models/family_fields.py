@@ -153,7 +153,7 @@ def phi3(settings: Settings, rope: RopeSettings) -> Fields:
 def _partial(settings: Settings, share: float | None) -> Fields:
     """How many dimensions of a head turn, from a share."""
     if share is None:
-        share = settings["partial_rotary_factor"]
+        share = float(settings["partial_rotary_factor"])
     width, num_heads = settings["hidden_size"], settings["num_attention_heads"]
     return {"rotary_dimension": int(width // num_heads * share)}
 
@@ -232,7 +232,7 @@ def gpt_neox(settings: Settings, rope: RopeSettings) -> Fields:
     share = settings["rotary_pct"] if rope.share is None else rope.share
     return (
         _gpt(settings)
-        | _partial(settings, share)
+        | _partial(settings, float(share))
         | {"qkv_bias": True, "output_bias": True, "arrangement": arrangement}
     )
 

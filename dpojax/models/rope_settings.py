@@ -165,7 +165,7 @@ def _read_one(
         raise ValueError(
             f"config.json has unknown rotary settings {shown(sorted(rope))}."
         )
-    return Rope(theta=float(theta), scaling=scaling), share
+    return Rope(theta=float(theta), scaling=scaling), share and float(share)
 
 
 def _linear(rope: dict[str, Any], lengths: _Lengths) -> LinearRope:

@@ -83,9 +83,11 @@ _KINDS = (
     | dict.fromkeys(("short_factor", "long_factor"), _LISTS[_NUMBER])
     | dict.fromkeys(("rope_scaling", "rope_parameters", "id2label"), _OBJECT)
     | {"max_window_layers": _COUNT, "num_hidden_layers": _LAYERS}
+    | {"rope_type": _NAME, "type": _NAME}
 )  # fmt: skip
 # Where null says what absence says.
 _NULLABLE = {
+    "rope_type", "type",
     "num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "num_labels",
     "rope_local_base_freq", "attn_logit_softcapping", "final_logit_softcapping",
     "architectures", "layer_types", "no_rope_layers", "rope_scaling",
