@@ -5,6 +5,7 @@ This file knows neither the loop nor the model.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal
@@ -16,6 +17,12 @@ from dpojax.config import (
     LossConfig,
     OptimizerConfig,
     TrainConfig,
+)
+from dpojax.data.bad_records import (
+    BadRecords,
+    OnBadRecord,
+    Skipped,
+    describe_skipped,
 )
 from dpojax.data.packing import Example
 from dpojax.data.records import load_records
@@ -67,6 +74,7 @@ def check_training(config: TrainConfig, loss: Loss) -> None:
 
 def check_settings(config: TrainConfig, loss: Loss) -> None:
     """The same, wherever the model and data come from."""
+    _check_numbers(config)
     check_reference(config, loss)
     check_token_metrics(config.token_metrics, loss.needs)
     if config.batch_size == 1 and "mismatched" in loss.needs:
@@ -92,6 +100,25 @@ def check_settings(config: TrainConfig, loss: Loss) -> None:
             f"{config.sample_tokens} tokens of {config.sample_prompts} prompts cannot "
             "be sampled; neither may be negative, and at least one token is needed."
         )
+
+
+# A seed may be a time; positions of a row stand in memory, all of them.
+_LARGEST: dict[str, int] = {"seed": 1 << 63, "row_length": 1 << 24}
+_LARGEST_FLOAT = 3.4e38  # of 32 bits
+
+
+def _check_numbers(config: object, within: str = "") -> None:
+    """Refuses what is infinite or no number, and what no array could be as large as."""
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            _check_numbers(value, f"{within}{name}.")
+        elif isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT:
+            raise ValueError(f"{within}{name} is {value}; it must be a finite number.")
+        elif isinstance(value, int) and abs(value) >= _LARGEST.get(name, 1 << 31):
+            raise ValueError(
+                f"{within}{name} is {value}; it must be smaller than "
+                f"{_LARGEST.get(name, 1 << 31):,}."
+            )
 
 
 def make_new_adapters(config: LoraConfig) -> NewAdapters | None:
@@ -176,12 +203,16 @@ def load_examples(
     max_length: int = 1024,
     too_long: Literal["truncate", "drop"] = "truncate",
     turns: Literal["all", "assistant"] = "all",
+    on_bad_record: OnBadRecord = "stop",
+    skipped: list[Skipped] | None = None,
 ) -> list[Example]:
     """Reads, converts and tokenises what a loss takes, and says what was left out.
 
     Takes what `dpojax.data.records.load_records` and
-    `dpojax.data.tokenize.tokenize_records` take.
+    `dpojax.data.tokenize.tokenize_records` take. Bad records that are left out, where
+    there are any, are added to `skipped`.
     """
+    bad = BadRecords() if on_bad_record == "skip" else None
     records, conversion = load_records(
         sources,
         split=split,
@@ -193,19 +224,33 @@ def load_examples(
         pairs_from=pairs_from,
         beta=rejection_beta,
         needs_scores="score" in loss.needs,
+        bad=bad,
     )
     examples, counts = tokenize_records(
-        records, tokenizer, max_length=max_length, too_long=too_long, turns=turns
+        records,
+        tokenizer,
+        max_length=max_length,
+        too_long=too_long,
+        turns=turns,
+        bad=bad,
     )
     say(f"{split}: {describe(conversion)}; {describe(counts)}")
+    if bad is not None and bad.of_split(split).reasons:
+        say(describe_skipped(bad.of_split(split)))
+        if skipped is not None:
+            skipped.append(bad.of_split(split))
     _check_probabilities(loss, examples)
     return examples
 
 
 def load_split(
-    config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
+    config: TrainConfig,
+    loss: Loss,
+    tokenizer: Tokenizer,
+    split: str,
+    skipped: list[Skipped] | None = None,
 ) -> list[Example]:
-    """The examples of a split of a run's data."""
+    """The examples of a split of a run's data, see `load_examples`."""
     return load_examples(
         config.data,
         loss,
@@ -221,6 +266,8 @@ def load_split(
         max_length=config.max_length,
         too_long=config.too_long,
         turns=config.turns,
+        on_bad_record=config.on_bad_record,
+        skipped=skipped,
     )
 
 

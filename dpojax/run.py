@@ -13,6 +13,7 @@ from dpojax.batch import Batch
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
 from dpojax.connecting import connect
+from dpojax.data.bad_records import Skipped
 from dpojax.data.loader import counted_batches, fingerprint, locate
 from dpojax.data.packing import Example, OwnRows, every_row, with_mismatched
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
@@ -35,7 +36,12 @@ from dpojax.progress import say, track
 from dpojax.reference import Params
 from dpojax.reference_setting import named_reference, why_not_equal
 from dpojax.resume import abstract, check_note, find_step, make_note
-from dpojax.run_directory import RunDirectory, open_directory, write_samples
+from dpojax.run_directory import (
+    RunDirectory,
+    open_directory,
+    write_samples,
+    write_skipped,
+)
 from dpojax.run_log import figures_line, num_parameters, summary
 from dpojax.sharding import (
     Placement,
@@ -90,8 +96,9 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
     # -- Model, data and reference ----------------------------------------------------
     loaded = load_policy(config, loss, mesh)
     check_positions(loaded, config.max_length)
-    train = load_split(config, loss, loaded.tokenizer, config.train_split)
-    test = load_split(config, loss, loaded.tokenizer, config.test_split)
+    skipped: list[Skipped] = []
+    train = load_split(config, loss, loaded.tokenizer, config.train_split, skipped)
+    test = load_split(config, loss, loaded.tokenizer, config.test_split, skipped)
     if "reward_head" in loss.needs:
         train, test = (as_reward_examples(part, loaded) for part in (train, test))
     advice = balance_advice(loss, train)
@@ -157,6 +164,7 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
     step = find_step(directory / "checkpoints") if config.resume else 0
     if step == 0:  # only now: what was refused above leaves no directory behind
         place.begin(config, loaded)
+        write_skipped(directory, skipped)
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
     first: dict[str, float] = {}
     last, last_at = first, -1  # the newest evaluation and its step

@@ -2,6 +2,7 @@
 
     config.py       the full configuration; `dpojax train` with this file repeats it
     metrics.jsonl   one line of metrics a step that was logged
+    skipped.jsonl   bad records that were left out, if there were any, and why
     samples.jsonl   the same held-out prompts, continued at each evaluation
     model/          the model without its weights; with a checkpoint it makes an export
     checkpoints/    states of training
@@ -24,6 +25,7 @@ import jax
 from filelock import FileLock, Timeout
 
 from dpojax.config import DistributedConfig, TrainConfig
+from dpojax.data.bad_records import Skipped
 from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded, new_directory
 from dpojax.models.huggingface import write_settings
@@ -147,6 +149,17 @@ def default_name(kind: str) -> str:
     """A directory named for the kind of run and the time."""
     kind = re.sub(r"[^\w.]+", "-", kind)  # a sum, or a path of the user's
     return f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def write_skipped(directory: Path, skipped: Sequence[Skipped]) -> None:
+    """Lists the bad records that were left out, where there are any."""
+    rows = [
+        {"split": part.split, "reason": reason}
+        for part in skipped
+        for reason in part.reasons
+    ]
+    if rows:
+        write_json_lines(directory / "skipped.jsonl", rows)
 
 
 @only_first

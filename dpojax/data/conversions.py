@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from dpojax.data.bad_records import BadRecord, BadRecords, usable
 from dpojax.data.fields import Kind, Record
 
 PairsFrom = Literal["best_worst", "all", "rso"]
@@ -40,6 +41,7 @@ def as_kind(
     num_accepted: int = NUM_ACCEPTED,
     seed: int = 0,
     needs_scores: bool = False,
+    bad: BadRecords | None = None,
 ) -> tuple[list[Record], ConversionCounts]:
     """Makes all records of one kind.
 
@@ -59,6 +61,8 @@ def as_kind(
       num_accepted: the most completions of a record that ``rso`` accepts.
       seed: of the draws of ``rso``.
       needs_scores: whether pairs must have scores, the chosen one's larger.
+      bad: where records that cannot be of that kind are noted, which are left out;
+        None: the first one stops.
 
     Returns:
       The records, in order, and the counts of what was left out.
@@ -70,7 +74,13 @@ def as_kind(
     References:
       Liu et al. 2023, arXiv:2309.06657 (``rso``).
     """
-    _check(records, kind, pairs_from, beta, num_accepted)
+    _check_sampling(pairs_from, beta, num_accepted)
+
+    def checked(record: Record) -> Record:
+        return _checked(record, kind, needs_scores)
+
+    records = usable(checked, records, bad)
+    _check_use(records, kind, pairs_from)
     found: list[Record] = []
     dropped: Counter[str] = Counter()
     for index, record in enumerate(records):
@@ -126,13 +136,7 @@ def accept(
     return accepted[:num_accepted]
 
 
-def _check(
-    records: Sequence[Record],
-    kind: Kind,
-    pairs_from: PairsFrom,
-    beta: float,
-    num_accepted: int,
-) -> None:
+def _check_sampling(pairs_from: PairsFrom, beta: float, num_accepted: int) -> None:
     if pairs_from not in ("best_worst", "all", "rso"):
         raise ValueError(
             f"pairs_from is {pairs_from!r}; it must be 'best_worst', 'all' or 'rso'."
@@ -142,12 +146,24 @@ def _check(
             f"Rejection sampling has beta {beta} and accepts {num_accepted}; beta must "
             "be positive, and two or more must be accepted to make a pair."
         )
-    refused = [record for record in records if (record.kind, kind) in _REFUSALS]
-    for record in refused[:1]:
-        raise ValueError(
+
+
+def _checked(record: Record, kind: Kind, needs_scores: bool) -> Record:
+    """The record, if it can be of that kind."""
+    if (record.kind, kind) in _REFUSALS:
+        raise BadRecord(
             f"{record.origin} is {record.kind!r} and {kind!r} is needed; "
             f"{_REFUSALS[record.kind, kind]}."
         )
+    if kind == "pair" and needs_scores and record.scores is None:
+        raise BadRecord(
+            f"{record.origin} is a pair without scores, which this loss needs; give a "
+            "margin or the scores of chosen and rejected, or use another loss."
+        )
+    return record
+
+
+def _check_use(records: Sequence[Record], kind: Kind, pairs_from: PairsFrom) -> None:
     is_used = kind == "pair" and any(record.kind == "ranked" for record in records)
     if pairs_from != "best_worst" and not is_used:
         raise ValueError(
@@ -208,11 +224,7 @@ def _as_pairs(
 
 
 def _is_ordered(pair: Record) -> bool:
-    if pair.scores is None:
-        raise ValueError(
-            f"{pair.origin} is a pair without scores, which this loss needs; give a "
-            "margin or the scores of chosen and rejected, or use another loss."
-        )
+    assert pair.scores is not None
     return pair.scores[0] > pair.scores[1]
 
 

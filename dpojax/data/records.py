@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+from dpojax.data.bad_records import BadRecord, BadRecords, usable
 from dpojax.data.conversions import (
     NUM_ACCEPTED,
     REJECTION_BETA,
@@ -19,8 +20,10 @@ from dpojax.data.conversions import (
     as_kind,
 )
 from dpojax.data.fields import Kind, Record, Row
-from dpojax.data.files import read_splits
+from dpojax.data.files import checked_row, read_splits
 from dpojax.data.formats import as_record, rename_columns
+
+_MOST_TIMES = 1000  # that a record is repeated
 
 
 def load_records(
@@ -37,6 +40,7 @@ def load_records(
     num_accepted: int = NUM_ACCEPTED,
     seed: int = 0,
     needs_scores: bool = False,
+    bad: BadRecords | None = None,
 ) -> tuple[list[Record], ConversionCounts]:
     """Reads one split of several data sets, mixes them and makes them of one kind.
 
@@ -53,6 +57,7 @@ def load_records(
       num_accepted: the most completions of a record that ``rso`` accepts.
       seed: of the draws of ``rso``.
       needs_scores: whether pairs must have scores, the chosen one's larger.
+      bad: where bad records are noted, which are left out; None: the first one stops.
 
     Returns:
       The records, source by source, and the counts of what was left out.
@@ -66,6 +71,7 @@ def load_records(
         columns=columns,
         test_size=test_size,
         max_examples=max_examples,
+        bad=bad,
     )
     mixed: list[Record] = []
     for source, weight in _with_weights(sources, weights):
@@ -78,6 +84,7 @@ def load_records(
         num_accepted=num_accepted,
         seed=seed,
         needs_scores=needs_scores,
+        bad=bad,
     )
 
 
@@ -88,6 +95,7 @@ def read_records(
     columns: Mapping[str, str] | None = None,
     test_size: float = 0.05,
     max_examples: int | None = None,
+    bad: BadRecords | None = None,
 ) -> list[Record]:
     """Reads one split of a data set.
 
@@ -101,6 +109,8 @@ def read_records(
       columns: for a column's name in `dpojax.data.formats` its name in the data.
       test_size: what is cut off as the test split: a share below 1, else a number.
       max_examples: keep this many, chosen at random, before anything is cut off.
+      bad: as `load_records` takes it. What is left out was cut off and chosen like any
+        other, so that the others do not depend on it.
 
     Returns:
       The records, in the order of the data, each of the kind that its columns say.
@@ -109,11 +119,16 @@ def read_records(
       ValueError: naming file and line for what cannot be read, and the columns or the
         splits there are for one that is missing.
     """
-    if test_size < 0:
-        raise ValueError(f"test_size is {test_size}; it must not be negative.")
+    if not 0 <= test_size < math.inf:
+        raise ValueError(
+            f"test_size is {test_size}; it must not be negative, but a number."
+        )
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples is {max_examples}; it must be positive.")
     splits = read_splits(source)
+    if bad is None:  # wherever it is
+        for part in splits.values():
+            usable(checked_row, part, None)
     # A lone "train" is all there is: taken whole, it would hold the test split too.
     whole = splits.keys() not in ({None}, {"train"})
     if whole and split not in splits:
@@ -131,7 +146,13 @@ def read_records(
             f"{source} has no examples in its split {split!r}; "
             "give other data or another test_size."
         )
-    return [as_record(rename_columns(row, columns or {})) for row in rows]
+    if bad is not None:
+        bad.count(len(rows))
+
+    def read(row: Row | BadRecord) -> Record:
+        return as_record(rename_columns(checked_row(row), columns or {}))
+
+    return usable(read, rows, bad)
 
 
 def weigh(records: Sequence[Record], weight: float) -> list[Record]:
@@ -145,8 +166,11 @@ def weigh(records: Sequence[Record], weight: float) -> list[Record]:
     Raises:
       ValueError: if `weight` is not positive, or so small that no record is left.
     """
-    if not 0 < weight < math.inf:
-        raise ValueError(f"A data set's weight is {weight}; it must be positive.")
+    if not 0 < weight <= _MOST_TIMES:
+        raise ValueError(
+            f"A data set's weight is {weight}; it must be positive, and at most "
+            f"{_MOST_TIMES}."
+        )
     times, share = divmod(weight, 1)
     order = np.random.default_rng(0).permutation(len(records))
     more = sorted(order[: round(share * len(records))])
@@ -176,7 +200,9 @@ def _with_weights(
     return list(zip(sources, weights, strict=True))
 
 
-def _cut(rows: list[Row], source: str, split: str, test_size: float) -> list[Row]:
+def _cut(
+    rows: list[Row | BadRecord], source: str, split: str, test_size: float
+) -> list[Row | BadRecord]:
     if split not in ("train", "test"):
         raise ValueError(
             f"{source} has no split {split!r}; 'train' and 'test' can be cut off it."

@@ -3,11 +3,25 @@
 This file does not know what a row holds.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 from datasets.exceptions import DatasetsError
+
+# What the library raises for what is damaged, or of another form than it expects.
+_FAILURES = (
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    pyarrow.ArrowException,
+    DatasetsError,
+)
 
 
 def load_dataset(source: str) -> dict[str | None, list[dict[str, Any]]]:
@@ -20,9 +34,14 @@ def load_dataset(source: str) -> dict[str | None, list[dict[str, Any]]]:
     is_file = path.suffix in (".jsonl", ".json", ".gz", ".parquet", ".arrow")
     local = path.exists() or is_file
     found = _load_local(path) if local else _load_from_hub(source)
-    if isinstance(found, datasets.Dataset):
-        return {None: found.to_list()}
-    return {str(name): part.to_list() for name, part in found.items()}
+    try:
+        if isinstance(found, datasets.Dataset):
+            return {None: found.to_list()}
+        return {str(name): part.to_list() for name, part in found.items()}
+    except (ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{source} cannot be read: {_first_sentence(error)}"
+        ) from error
 
 
 def _load_local(path: Path) -> datasets.Dataset | datasets.DatasetDict:
@@ -30,16 +49,19 @@ def _load_local(path: Path) -> datasets.Dataset | datasets.DatasetDict:
         raise ValueError(f"There is no file or directory {path}.")
     try:
         if path.is_dir():
+            _check_saved(path)
             found = datasets.load_from_disk(str(path))
             assert isinstance(found, datasets.Dataset | datasets.DatasetDict)
             return found
+        if not path.is_file():
+            raise ValueError("it is no file.")
         if path.suffix == ".parquet":
             found = datasets.Dataset.from_parquet(str(path))
             assert isinstance(found, datasets.Dataset)
             return found
         if path.suffix == ".arrow":
             return datasets.Dataset.from_file(str(path))
-    except (OSError, ValueError, DatasetsError) as error:
+    except _FAILURES as error:
         raise ValueError(f"{path} cannot be read: {_first_sentence(error)}") from error
     raise ValueError(
         f"{path} is of a kind that is not read; give .jsonl, .json, .jsonl.gz, "
@@ -47,10 +69,21 @@ def _load_local(path: Path) -> datasets.Dataset | datasets.DatasetDict:
     )
 
 
+def _check_saved(directory: Path) -> None:
+    """Refuses names that lead out of a directory that datasets saved."""
+    for path in (*directory.glob("*.json"), *directory.glob("*/*.json")):
+        content = json.loads(path.read_text("utf-8"))
+        parts = content.get("splits", []) if path.name == "dataset_dict.json" else []
+        files = content.get("_data_files", []) if path.name == "state.json" else []
+        for name in (*parts, *(file["filename"] for file in files)):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{path.name} names {name!r}, which leads out of it.")
+
+
 def _load_from_hub(name: str) -> datasets.DatasetDict:
     try:
         found = datasets.load_dataset(name)
-    except (OSError, ValueError, DatasetsError) as error:
+    except _FAILURES as error:
         raise ValueError(
             f"There is no file {name!r}, nor a data set of that name on the hub: "
             f"{_first_sentence(error)}"

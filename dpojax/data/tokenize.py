@@ -8,9 +8,9 @@ with EOS once. Rows and batches are not this file's concern.
 
 import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,12 +22,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpojax.data.chats import Piece, Tokenizer, Turns, render, render_messages
+from dpojax.data.bad_records import BadRecords, cut, usable
+from dpojax.data.chats import (
+    Piece,
+    Rendered,
+    Tokenizer,
+    Turns,
+    check_text,
+    render,
+)
 from dpojax.data.conversions import ConversionCounts
 from dpojax.data.fields import Record, Text
 from dpojax.data.packing import Example
-from dpojax.data.tokenizer_files import check_files
+from dpojax.data.tokenizer_files import check_files, check_templates
 
+# Characters. Decompressed, a small file can fill the memory.
+_LARGEST_FILE = 2**28
 TooLong = Literal["truncate", "drop"]
 
 
@@ -63,7 +73,7 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
     """
     path = Path(source)
     check_files(path)
-    try:
+    with _refusing_failure(f"No tokenizer can be read from {source}"):
         if path.is_file():
             tokenizer = _load_file(path)
         else:
@@ -71,9 +81,7 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source), trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"No tokenizer can be read from {source}: {reason}") from error
+    check_templates(tokenizer.chat_template, source)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ValueError(f"The tokenizer {source} has no token {eos_token!r}.")
@@ -93,6 +101,7 @@ def tokenize_records(
     max_length: int = 1024,
     too_long: TooLong = "truncate",
     turns: Turns = "all",
+    bad: BadRecords | None = None,
 ) -> tuple[list[Example], Counts]:
     """Tokenises records.
 
@@ -107,6 +116,8 @@ def tokenize_records(
       max_length: most tokens of a prompt and one completion, EOS included.
       too_long: whether to cut or to drop what exceeds it.
       turns: whether every turn of a chat's completion is scored, or the assistant's.
+      bad: where records whose chat template fails are noted, which are left out; None:
+        the first one stops.
 
     Returns:
       The examples, and the counts of what was cut or left out.
@@ -122,9 +133,14 @@ def tokenize_records(
             "Only the assistant's turns are to be scored, but no record is a chat; "
             "leave turns at 'all'."
         )
+
+    def rendered_with(record: Record) -> tuple[Record, Rendered]:
+        return record, render(record, tokenizer, turns)
+
+    rendered = usable(rendered_with, records, bad)
     tally: Counter[str] = Counter()
     examples: list[Example] = []
-    for record, ids in zip(records, _encode(records, tokenizer, turns), strict=True):
+    for record, ids in _encode(rendered, tokenizer):
         if ids.length > max_length:
             if too_long == "drop":
                 tally["dropped_too_long"] += 1
@@ -138,12 +154,13 @@ def tokenize_records(
         else:
             examples.append(_as_example(ids, record))
     names = Counts._fields[2:]
-    counts = Counts(len(records), len(examples), *(tally[name] for name in names))
+    counts = Counts(len(rendered), len(examples), *(tally[name] for name in names))
     if not examples:
         raise ValueError(
-            f"Of {len(records)} records none is left: {counts.dropped_too_long} exceed "
-            f"max_length {max_length} and {counts.dropped_identical} have identical "
-            f"completions, and of {counts.dropped_unscored} nothing is scored."
+            f"Of {counts.records} records none is left: {counts.dropped_too_long} "
+            f"exceed max_length {max_length} and {counts.dropped_identical} have "
+            f"identical completions, and of {counts.dropped_unscored} nothing is "
+            "scored."
         )
     return examples, counts
 
@@ -151,8 +168,9 @@ def tokenize_records(
 def encode_prompt(prompt: Text, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a prompt to be continued, as in training."""
     if isinstance(prompt, str):
+        check_text(prompt, "The prompt")
         return _with_bos(_ids(tokenizer, [prompt])[0], tokenizer, _adds_bos(tokenizer))
-    text = render_messages(Record(prompt, (), "The prompt"), tokenizer, ())
+    text = render(Record(prompt, (), "The prompt"), tokenizer).prompt
     return _with_bos(_ids(tokenizer, [text])[0], tokenizer, False)
 
 
@@ -169,7 +187,9 @@ def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int, model: str) -> 
 def _load_file(path: Path) -> Tokenizer:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
-        text = file.read()
+        text = file.read(_LARGEST_FILE)
+    if len(text) == _LARGEST_FILE:
+        raise ValueError(f"it has {_LARGEST_FILE:,} characters or more")
     content = json.loads(text)
     # A vocabulary may hold "model" as well: GPT-2's does, and its value is an id.
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -193,20 +213,27 @@ class _Ids(NamedTuple):
 
 
 def _encode(
-    records: Sequence[Record], tokenizer: Tokenizer, turns: Turns
-) -> Iterator[_Ids]:
-    rendered = [render(record, tokenizer, turns) for record in records]
-    prompts = _ids(tokenizer, [texts.prompt for texts in rendered])
-    pieces = [p.text for texts in rendered for some in texts.completions for p in some]
+    rendered: Sequence[tuple[Record, Rendered]], tokenizer: Tokenizer
+) -> Iterator[tuple[Record, _Ids]]:
+    prompts = _ids(tokenizer, [texts.prompt for _, texts in rendered])
+    pieces = [
+        piece.text
+        for _, texts in rendered
+        for completion in texts.completions
+        for piece in completion
+    ]
     piece_ids = iter(_ids(tokenizer, pieces))
     adds_bos = _adds_bos(tokenizer)
-    for record, prompt, texts in zip(records, prompts, rendered, strict=True):
+    for (record, texts), prompt in zip(rendered, prompts, strict=True):
         is_text = isinstance(record.prompt, str)
         joined = [_join(some, piece_ids, tokenizer) for some in texts.completions]
-        yield _Ids(
-            _with_bos(prompt, tokenizer, adds_bos and is_text),
-            [ids for ids, _ in joined],
-            [mask for _, mask in joined],
+        yield (
+            record,
+            _Ids(
+                _with_bos(prompt, tokenizer, adds_bos and is_text),
+                [ids for ids, _ in joined],
+                [mask for _, mask in joined],
+            ),
         )
 
 
@@ -245,10 +272,28 @@ def _as_example(ids: _Ids, record: Record) -> Example:
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a text longer than the model's own limit is dealt with here.
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    with _refusing_failure("The tokenizer fails, so its files do not fit each other"):
+        # verbose=False: a text longer than the model's own limit is dealt with here.
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@contextmanager
+def _refusing_failure(what: str) -> Iterator[None]:
+    """Says what it is, whichever way two libraries fail on files of strangers.
+
+    The tokenizers library raises bare Exceptions, and others where its Rust panics;
+    transformers whatever a value of a wrong kind leads to.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if not is_panic and not isinstance(error, Exception):
+            raise
+        reason = " ".join(cut(str(error)).split())
+        raise ValueError(f"{what}: {reason}") from error
 
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer, adds_bos: bool) -> list[int]:
@@ -264,7 +309,8 @@ def _with_bos(ids: list[int], tokenizer: Tokenizer, adds_bos: bool) -> list[int]
 
 def _adds_bos(tokenizer: Tokenizer) -> bool:
     bos = _bos(tokenizer)
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    with _refusing_failure("The tokenizer fails, so its files do not fit each other"):
+        return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def _bos(tokenizer: Tokenizer) -> int | None:

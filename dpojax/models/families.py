@@ -11,10 +11,10 @@ from dpojax.models.family_table import FAMILIES, Family
 from dpojax.models.rope_settings import (
     KEYS,
     RopeSettings,
-    check_factors,
+    check_rotation,
     read_rope,
 )
-from dpojax.models.setting_kinds import check_division, check_kinds
+from dpojax.models.setting_kinds import check_division, check_kinds, shown
 from dpojax.models.shape import DecoderConfig
 
 # Keys that do not change what the decoder computes from token ids.
@@ -82,8 +82,9 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
             f"dpojax supports 1.0 for {family.name}."
         )
     config = DecoderConfig(**fields, head=head)
-    for one in (rope.whole, rope.window):
-        check_factors(one, config.rotary_dimension or config.head_dimension)
+    if config.positions == "rotary":
+        for one in (rope.whole, rope.window):
+            check_rotation(one, config.rotary_dimension, config.head_dimension)
     return config
 
 
@@ -99,12 +100,12 @@ def _common_fields(settings: Mapping[str, Any], rope: RopeSettings) -> dict[str,
         "head_dimension": settings.get("head_dim")
         or settings["hidden_size"] // num_heads,
         "mlp_width": settings["intermediate_size"],
-        "norm_epsilon": settings.get("rms_norm_eps", 1e-6),
+        "norm_epsilon": float(settings.get("rms_norm_eps", 1e-6)),
         "rope_theta": rope.whole.theta,
         "rope_scaling": rope.whole.scaling,
         "tied_output": settings.get("tie_word_embeddings", False),
         "max_length": settings.get("max_position_embeddings", 2048),
-        "initializer_range": settings.get("initializer_range", 0.02),
+        "initializer_range": float(settings.get("initializer_range", 0.02)),
     }
 
 
@@ -174,7 +175,8 @@ def family_of(settings: Mapping[str, Any]) -> Family:
     name = settings.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
-            f"config.json has model_type {name!r}; supported: {', '.join(FAMILIES)}."
+            f"config.json has model_type {shown(name)}; supported: "
+            f"{', '.join(FAMILIES)}."
         )
     return FAMILIES[name]
 
@@ -205,8 +207,8 @@ def _head(settings: Mapping[str, Any], family: Family) -> Head:
     architectures = settings.get("architectures") or [next(iter(heads))]
     if len(architectures) != 1 or architectures[0] not in heads:
         raise ValueError(
-            f"config.json has architectures {architectures}; dpojax reads one of "
-            f"{', '.join(heads)}: a causal language model or a reward model."
+            f"config.json has architectures {shown(architectures)}; dpojax reads one "
+            f"of {', '.join(heads)}: a causal language model or a reward model."
         )
     head = heads[architectures[0]]
     if head == "score" and _num_labels(settings) != 1:
@@ -231,11 +233,11 @@ def _refuse_unsupported(settings: Mapping[str, Any], family: Family) -> None:
             continue
         if key not in only:
             raise ValueError(
-                f"config.json has {key!r} ({value!r}), which dpojax does not know and "
-                "will not ignore; remove it if it does not change the model."
+                f"config.json has {shown(key)} ({shown(value)}), which dpojax does not "
+                "know and will not ignore; remove it if it does not change the model."
             )
         if value is not None and value not in only[key]:
             allowed = " or ".join(map(repr, only[key]))
             raise ValueError(
-                f"config.json has {key} = {value!r}; dpojax supports {allowed}."
+                f"config.json has {key} = {shown(value)}; dpojax supports {allowed}."
             )
