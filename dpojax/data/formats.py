@@ -83,9 +83,10 @@ def _missing(row: Row, column: str, format: Format | None = None) -> str:
 
 def _check_prompt(row: Row, format: Format) -> None:
     """Refuses a misspelt prompt: without one the completions would be cut instead."""
+    if format.columns != ("chosen", "rejected"):
+        return
     names = [str(name) for name in row.values]
-    near = get_close_matches("prompt", names, n=1, cutoff=0.82)  # not "prompt_id"
-    if format.columns == ("chosen", "rejected") and near:
+    if get_close_matches("prompt", names, n=1, cutoff=0.82):  # not "prompt_id"
         raise ValueError(_missing(row, "prompt"))
 
 

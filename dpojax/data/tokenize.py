@@ -10,7 +10,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,9 +22,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpojax.data.chats import Piece, Tokenizer, Turns, render, render_messages
+from dpojax.data.chats import (
+    Piece,
+    Rendered,
+    Tokenizer,
+    Turns,
+    render,
+    render_messages,
+)
 from dpojax.data.conversions import ConversionCounts
+from dpojax.data.encode import encode, encode_ahead
 from dpojax.data.fields import Record, Text
+from dpojax.data.flat_examples import ExampleWriter, FlatExamples
 from dpojax.data.packing import Example
 from dpojax.data.tokenizer_files import check_files
 
@@ -87,14 +96,15 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
 
 
 def tokenize_records(
-    records: Sequence[Record],
+    records: Iterable[Record],
     tokenizer: Tokenizer,
     *,
     max_length: int = 1024,
     too_long: TooLong = "truncate",
     turns: Turns = "all",
-) -> tuple[list[Example], Counts]:
-    """Tokenises records.
+    writer: ExampleWriter | None = None,
+) -> tuple[FlatExamples, Counts]:
+    """Tokenises records, a few at a time.
 
     An example is too long when its prompt and its longest completion exceed
     `max_length` together. Then either it is dropped; or the prompt keeps its last
@@ -107,6 +117,7 @@ def tokenize_records(
       max_length: most tokens of a prompt and one completion, EOS included.
       too_long: whether to cut or to drop what exceeds it.
       turns: whether every turn of a chat's completion is scored, or the assistant's.
+      writer: collects the examples; by default in memory.
 
     Returns:
       The examples, and the counts of what was cut or left out.
@@ -117,43 +128,48 @@ def tokenize_records(
     """
     if max_length < 4:
         raise ValueError(f"max_length is {max_length}; it must be at least 4.")
-    if turns == "assistant" and all(isinstance(r.prompt, str) for r in records):
-        raise ValueError(
-            "Only the assistant's turns are to be scored, but no record is a chat; "
-            "leave turns at 'all'."
-        )
     tally: Counter[str] = Counter()
-    examples: list[Example] = []
-    for record, ids in zip(records, _encode(records, tokenizer, turns), strict=True):
+    writer = ExampleWriter() if writer is None else writer
+    ends = _ends(tokenizer)
+    for record, ids in _encode(records, tokenizer, ends, turns):
+        tally["records"] += 1
+        tally["chats"] += not isinstance(record.prompt, str)
         if ids.length > max_length:
             if too_long == "drop":
                 tally["dropped_too_long"] += 1
                 continue
-            ids = _cut(ids, max_length, _bos(tokenizer), tally)
+            ids = _cut(ids, max_length, ends.bos, tally)
         completions = ids.completions
-        if not all(map(any, ids.masks)):
+        if ids.masks is not None and not all(map(any, ids.masks)):
             tally["dropped_unscored"] += 1
         elif len(completions) > 1 and all(c == completions[0] for c in completions):
             tally["dropped_identical"] += 1
         else:
-            examples.append(_as_example(ids, record))
-    names = Counts._fields[2:]
-    counts = Counts(len(records), len(examples), *(tally[name] for name in names))
-    if not examples:
+            tally["examples"] += 1
+            writer.append(_as_example(ids, record))
+    if turns == "assistant" and not tally["chats"]:
         raise ValueError(
-            f"Of {len(records)} records none is left: {counts.dropped_too_long} exceed "
-            f"max_length {max_length} and {counts.dropped_identical} have identical "
-            f"completions, and of {counts.dropped_unscored} nothing is scored."
+            "Only the assistant's turns are to be scored, but no record is a chat; "
+            "leave turns at 'all'."
         )
-    return examples, counts
+    counts = Counts(*(tally[name] for name in Counts._fields))
+    if not counts.examples:
+        raise ValueError(
+            f"Of {counts.records} records none is left: {counts.dropped_too_long} "
+            f"exceed max_length {max_length} and {counts.dropped_identical} have "
+            f"identical completions, and of {counts.dropped_unscored} nothing is "
+            "scored."
+        )
+    return writer.finish(), counts
 
 
 def encode_prompt(prompt: Text, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a prompt to be continued, as in training."""
+    ends = _ends(tokenizer)
     if isinstance(prompt, str):
-        return _with_bos(_ids(tokenizer, [prompt])[0], tokenizer, _adds_bos(tokenizer))
+        return _with_bos(encode(tokenizer, [prompt])[0], ends, ends.adds_bos)
     text = render_messages(Record(prompt, (), "The prompt"), tokenizer, ())
-    return _with_bos(_ids(tokenizer, [text])[0], tokenizer, False)
+    return _with_bos(encode(tokenizer, [text])[0], ends, False)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int, model: str) -> None:
@@ -180,12 +196,20 @@ def _load_file(path: Path) -> Tokenizer:
     return GPT2Tokenizer(vocab=str(path), merges=str(merges[0]))
 
 
+class _Ends(NamedTuple):
+    """The tokens with which sequences begin and end."""
+
+    bos: int | None
+    eos: int
+    adds_bos: bool  # to a text
+
+
 class _Ids(NamedTuple):
-    """A record as token ids; the masks say which are scored."""
+    """A record as token ids; the masks say which are scored, None that all are."""
 
     prompt: list[int]
     completions: list[list[int]]
-    masks: list[list[bool]]
+    masks: list[list[bool]] | None
 
     @property
     def length(self) -> int:
@@ -193,25 +217,33 @@ class _Ids(NamedTuple):
 
 
 def _encode(
-    records: Sequence[Record], tokenizer: Tokenizer, turns: Turns
-) -> Iterator[_Ids]:
-    rendered = [render(record, tokenizer, turns) for record in records]
-    prompts = _ids(tokenizer, [texts.prompt for texts in rendered])
-    pieces = [p.text for texts in rendered for some in texts.completions for p in some]
-    piece_ids = iter(_ids(tokenizer, pieces))
-    adds_bos = _adds_bos(tokenizer)
-    for record, prompt, texts in zip(records, prompts, rendered, strict=True):
-        is_text = isinstance(record.prompt, str)
-        joined = [_join(some, piece_ids, tokenizer) for some in texts.completions]
-        yield _Ids(
-            _with_bos(prompt, tokenizer, adds_bos and is_text),
-            [ids for ids, _ in joined],
-            [mask for _, mask in joined],
-        )
+    records: Iterable[Record], tokenizer: Tokenizer, ends: _Ends, turns: Turns
+) -> Iterator[tuple[Record, _Ids]]:
+    rendered = ((record, render(record, tokenizer, turns)) for record in records)
+    for (record, texts), ids in encode_ahead(tokenizer, rendered, _texts):
+        adds_bos = ends.adds_bos and isinstance(record.prompt, str)
+        prompt = _with_bos(ids[0], ends, adds_bos)
+        piece_ids = iter(ids[1:])
+        completions = [_join(some, piece_ids, ends.eos) for some in texts.completions]
+        masks = None
+        if not all(map(_is_scored, texts.completions)):
+            masks = [mask for _, mask in completions]
+        yield record, _Ids(prompt, [ids for ids, _ in completions], masks)
+
+
+def _is_scored(pieces: Sequence[Piece]) -> bool:
+    return bool(pieces) and all(piece.is_scored for piece in pieces)
+
+
+def _texts(item: tuple[Record, Rendered]) -> list[str]:
+    """What is tokenised of a record, each apart."""
+    _, rendered = item
+    pieces = (piece.text for some in rendered.completions for piece in some)
+    return [rendered.prompt, *pieces]
 
 
 def _join(
-    pieces: Sequence[Piece], piece_ids: Iterator[list[int]], tokenizer: Tokenizer
+    pieces: Sequence[Piece], piece_ids: Iterator[list[int]], eos: int
 ) -> tuple[list[int], list[bool]]:
     """The pieces of a completion, whose last one ends with EOS, and their mask."""
     ids: list[int] = []
@@ -219,7 +251,7 @@ def _join(
     for number, piece in enumerate(pieces, start=1):
         some = next(piece_ids)
         if number == len(pieces):
-            some = _with_eos(some, tokenizer)
+            some = _with_eos(some, eos)
         ids += some
         mask += [piece.is_scored] * len(some)
     return ids, mask
@@ -232,55 +264,39 @@ def _cut(ids: _Ids, max_length: int, bos: int | None, tally: Counter[str]) -> _I
     tally["truncated_prompts"] += len(prompt) < len(ids.prompt)
     tally["truncated_completions"] += sum(len(c) > room for c in ids.completions)
     completions = [completion[:room] for completion in ids.completions]
-    return _Ids(prompt, completions, [mask[:room] for mask in ids.masks])
+    masks = None if ids.masks is None else [mask[:room] for mask in ids.masks]
+    return _Ids(prompt, completions, masks)
 
 
 def _as_example(ids: _Ids, record: Record) -> Example:
     masks = None
-    if not all(map(all, ids.masks)):
+    if ids.masks is not None and not all(map(all, ids.masks)):
         masks = tuple(np.asarray(mask, np.bool_) for mask in ids.masks)
     completions = tuple(np.asarray(some, np.int32) for some in ids.completions)
     prompt = np.asarray(ids.prompt, np.int32)
     return Example(prompt, completions, record.scores, record.weight, masks)
 
 
-def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a text longer than the model's own limit is dealt with here.
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _with_bos(ids: list[int], tokenizer: Tokenizer, adds_bos: bool) -> list[int]:
+def _with_bos(ids: list[int], ends: _Ends, adds_bos: bool) -> list[int]:
     """BOS once: where the tokenizer adds one, or nothing else could start the row.
 
     A chat template writes its own BOS or means to have none.
     """
-    bos = _bos(tokenizer)
+    bos = ends.bos
     if not ids:
-        return [_eos(tokenizer) if bos is None else bos]
+        return [ends.eos if bos is None else bos]
     return [bos, *ids] if adds_bos and bos is not None and ids[0] != bos else ids
 
 
-def _adds_bos(tokenizer: Tokenizer) -> bool:
-    bos = _bos(tokenizer)
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+def _ends(tokenizer: Tokenizer) -> _Ends:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert isinstance(eos, int) and (bos is None or isinstance(bos, int))
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return _Ends(bos, eos, adds_bos)
 
 
-def _bos(tokenizer: Tokenizer) -> int | None:
-    token = tokenizer.bos_token_id
-    assert token is None or isinstance(token, int)
-    return token
-
-
-def _eos(tokenizer: Tokenizer) -> int:
-    token = tokenizer.eos_token_id
-    assert isinstance(token, int)
-    return token
-
-
-def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    end, eos = len(ids), _eos(tokenizer)
+def _with_eos(ids: list[int], eos: int) -> list[int]:
+    end = len(ids)
     while end and ids[end - 1] == eos:
         end -= 1
     return [*ids[:end], eos]
