@@ -4,7 +4,8 @@ This file knows neither the loop nor the model.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal
@@ -17,8 +18,11 @@ from dpojax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from dpojax.data.conversions import Conversion
+from dpojax.data.fields import Record
+from dpojax.data.flat_examples import ExampleWriter
 from dpojax.data.packing import Example
-from dpojax.data.records import load_records
+from dpojax.data.records import select_records
 from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
 from dpojax.loading import NewAdapters
 from dpojax.losses.make import Loss, make_loss, split_terms
@@ -28,10 +32,13 @@ from dpojax.measure import check_token_metrics
 from dpojax.models.adapter_modules import choose_modules
 from dpojax.models.lora import LoraShape
 from dpojax.optimizer import make_optimizer, make_schedule
-from dpojax.progress import say
+from dpojax.progress import Advance, say, track
 from dpojax.reference import Params
 from dpojax.reference_setting import check_reference
+from dpojax.token_cache import Prepared, default_root, load, make_key
 from dpojax.user_code import load_names
+
+_SHOWN_TOGETHER = 1_000  # records by which a bar moves on
 
 
 def make_configured_loss(config: LossConfig) -> Loss:
@@ -176,35 +183,58 @@ def load_examples(
     max_length: int = 1024,
     too_long: Literal["truncate", "drop"] = "truncate",
     turns: Literal["all", "assistant"] = "all",
-) -> list[Example]:
+) -> Sequence[Example]:
     """Reads, converts and tokenises what a loss takes, and says what was left out.
 
     Takes what `dpojax.data.records.load_records` and
-    `dpojax.data.tokenize.tokenize_records` take.
+    `dpojax.data.tokenize.tokenize_records` take. Large data is kept as it is prepared,
+    see `dpojax.token_cache`.
     """
-    records, conversion = load_records(
-        sources,
-        split=split,
-        kind=loss.kind,
-        weights=weights or None,
-        columns=columns,
-        test_size=test_size,
-        max_examples=max_examples,
-        pairs_from=pairs_from,
-        beta=rejection_beta,
-        needs_scores="score" in loss.needs,
-    )
-    examples, counts = tokenize_records(
-        records, tokenizer, max_length=max_length, too_long=too_long, turns=turns
-    )
+    selected = {
+        "split": split,
+        "weights": weights or None,
+        "columns": columns,
+        "test_size": test_size,
+        "max_examples": max_examples,
+    }
+    converted = {
+        "kind": loss.kind,
+        "pairs_from": pairs_from,
+        "beta": rejection_beta,
+        "needs_scores": "score" in loss.needs,
+    }
+    tokenized = {"max_length": max_length, "too_long": too_long, "turns": turns}
+    selections = select_records(sources, **selected)
+
+    def prepare(directory: Path | None) -> Prepared:
+        num_rows = sum(map(len, selections))
+        with track(f"Preparing {split}", total=num_rows) as advance:
+            records = _counted(chain.from_iterable(selections), advance)
+            conversion = Conversion(records, **converted)
+            writer = ExampleWriter(directory)
+            examples, counts = tokenize_records(
+                conversion, tokenizer, writer=writer, **tokenized
+            )
+        return Prepared(examples, conversion.counts, counts, writer.hashes())
+
+    files = [selection.files for selection in selections]
+    key = make_key(files, tokenizer, selected | converted | tokenized)
+    examples, conversion, counts, _ = load(default_root(), key, prepare)
     say(f"{split}: {describe(conversion)}; {describe(counts)}")
     _check_probabilities(loss, examples)
     return examples
 
 
+def _counted(records: Iterable[Record], advance: Advance) -> Iterator[Record]:
+    for number, record in enumerate(records, start=1):
+        yield record
+        if number % _SHOWN_TOGETHER == 0:
+            advance("", _SHOWN_TOGETHER)
+
+
 def load_split(
     config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
-) -> list[Example]:
+) -> Sequence[Example]:
     """The examples of a split of a run's data."""
     return load_examples(
         config.data,

@@ -9,8 +9,9 @@ knows no text, and not when files are kept.
 import hashlib
 import io
 import operator
+import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import overload
@@ -32,6 +33,7 @@ DTYPES = {
     "masks_at": "int64",  # of each example, where its masks begin; -1: it has none
 }
 _TOGETHER = 2**16  # numbers
+_as_bytes = struct.Struct("=q").pack
 
 
 class FlatExamples(MeasuredExamples):
@@ -103,17 +105,20 @@ class ExampleWriter:
         """Adds an example, of whose reference nothing is known yet."""
         self._fingerprint.add(example)
         columns = self._columns
-        for tokens in (example.prompt, *example.completions):
-            columns["tokens"].extend(tokens)
-            columns["ends"].append(columns["tokens"].count)
-        columns["parts"].append(columns["ends"].count)
+        tokens, ends = columns["tokens"], columns["ends"]
+        for part in (example.prompt, *example.completions):
+            tokens.extend(part)
+            ends.append(tokens.count)
+        columns["parts"].append(ends.count)
         columns["weights"].append(example.weight)
+        scores = None if example.scores is None else np.array(example.scores)
         masks = None if example.masks is None else np.concatenate(example.masks)
-        for name, values in (("scores", example.scores), ("masks", masks)):
-            has_any = values is not None
-            columns[f"{name}_at"].append(columns[name].count if has_any else -1)
-            if has_any:
+        for name, values in (("scores", scores), ("masks", masks)):
+            at = -1
+            if values is not None:
+                at = columns[name].count
                 columns[name].extend(values)
+            columns[f"{name}_at"].append(at)
 
     def finish(self) -> FlatExamples:
         """The examples; what was written is in its files."""
@@ -133,9 +138,9 @@ class Fingerprint:
 
     def add(self, example: Example) -> None:
         """Continues with an example."""
-        parts = [np.int64(len(example.completions)).tobytes()]
+        parts = [_as_bytes(len(example.completions))]
         for tokens in (example.prompt, *example.completions):
-            parts += [np.int64(len(tokens)).tobytes(), tokens.tobytes()]
+            parts += [_as_bytes(len(tokens)), tokens.tobytes()]
         parts.append(repr((example.scores, example.weight)).encode())
         parts += [mask.tobytes() for mask in example.masks or ()]
         self._digest.update(b"".join(parts))
@@ -173,8 +178,8 @@ class _Column:
         if len(self._last) >= _TOGETHER:
             self._keep()
 
-    def extend(self, numbers: Sequence[float] | np.ndarray) -> None:
-        self._last.frombytes(np.asarray(numbers, self._dtype).tobytes())
+    def extend(self, numbers: np.ndarray) -> None:
+        self._last.frombytes(numbers.astype(self._dtype, copy=False).tobytes())
         self.count += len(numbers)
         if len(self._last) >= _TOGETHER:
             self._keep()

@@ -251,7 +251,7 @@ def _join(
     for number, piece in enumerate(pieces, start=1):
         some = next(piece_ids)
         if number == len(pieces):
-            some = _with_eos(some, eos)
+            _end_with(some, eos)
         ids += some
         mask += [piece.is_scored] * len(some)
     return ids, mask
@@ -295,11 +295,10 @@ def _ends(tokenizer: Tokenizer) -> _Ends:
     return _Ends(bos, eos, adds_bos)
 
 
-def _with_eos(ids: list[int], eos: int) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == eos:
-        end -= 1
-    return [*ids[:end], eos]
+def _end_with(ids: list[int], eos: int) -> None:
+    while ids and ids[-1] == eos:
+        ids.pop()
+    ids.append(eos)
 
 
 def _last(ids: list[int], count: int, bos: int | None) -> list[int]:
