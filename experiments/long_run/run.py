@@ -1,0 +1,161 @@
+"""Memory, open files and compiled programs over a run of 10,000 steps.
+
+Claim: after the warm-up none of them grows.
+Command: python experiments/long_run/run.py
+Hardware, time and result: README.md beside this file.
+
+The run is `dpojax.run.run` of a tiny model on pairs of ragged length, of which batches
+have rows of several shapes; it evaluates, samples and saves every 500 steps and writes
+a line every 10. A thread of the same process reads /proc each second.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dpojax.command_config import InitConfig
+from dpojax.commands import init
+from dpojax.config import OptimizerConfig, TrainConfig
+from dpojax.data.synthetic import make_reviews, make_tokenizer, split_review
+from dpojax.run import run
+from dpojax.whole_files import write_json_lines
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_MEBIBYTE = 2**20
+
+
+class Sample(NamedTuple):
+    """What the process holds at one time."""
+
+    seconds: float
+    step: int  # of the newest line of metrics.jsonl
+    resident_mebibytes: float
+    open_files: int
+    threads: int
+    compiled: int  # programs, since the start
+
+
+def write_pairs(path: Path, count: int) -> None:
+    """Pairs of which each side is so many reviews, by a skewed distribution."""
+    rng = np.random.default_rng(0)
+    reviews = iter(make_reviews(12 * count, seed=0))
+
+    def several() -> str:
+        return "".join(next(reviews) for _ in range(min(4, rng.geometric(0.5))))
+
+    rows = []
+    for _ in range(count):
+        opening, _ = split_review(next(reviews))
+        prompt = several() + opening
+        rows.append({"prompt": prompt, "chosen": several(), "rejected": several()})
+    write_json_lines(path, rows)
+
+
+def make_config(place: Path, steps: int) -> TrainConfig:
+    make_tokenizer().save_pretrained(str(place / "tokenizer"))
+    model = init(
+        InitConfig(
+            output=str(place / "model"),
+            tokenizer=str(place / "tokenizer"),
+            preset="tiny",
+        )
+    )
+    write_pairs(place / "pairs.jsonl", 1_000)
+    return TrainConfig(
+        model=str(model),
+        data=(str(place / "pairs.jsonl"),),
+        output=str(place / "run"),
+        test_size=32,
+        max_length=256,
+        batch_size=8,
+        steps=steps,
+        log_every=10,
+        evaluate_every=500,
+        save_every=500,
+        sample_prompts=2,
+        sample_tokens=8,
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    )
+
+
+def watch(directory: Path, samples: list[Sample], ended: threading.Event) -> None:
+    """Adds a sample each second."""
+    start, compiled = time.monotonic(), [0]
+
+    def count(event: str, duration: float, **_: object) -> None:
+        compiled[0] += event == _COMPILED
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    while not ended.wait(1.0):
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+        samples.append(
+            Sample(
+                round(time.monotonic() - start, 1),
+                _newest_step(directory / "metrics.jsonl"),
+                round(resident / _MEBIBYTE, 1),
+                len(os.listdir("/proc/self/fd")),
+                threading.active_count(),
+                compiled[0],
+            )
+        )
+
+
+def _newest_step(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    lines = path.read_bytes()[-4096:].splitlines()[-2:]
+    steps = [json.loads(line)["step"] for line in lines if line.endswith(b"}")]
+    return max(steps, default=0)
+
+
+def report(samples: list[Sample], warm: int) -> None:
+    """What each figure was when warm and at the end, and its slope by least squares."""
+    after = [sample for sample in samples if sample.step >= warm]
+    print(f"| from step {warm} to {after[-1].step} | first | last | most | per 1,000 |")
+    print("|---|---|---|---|---|")
+    steps = np.array([sample.step for sample in after]) / 1000
+    tenth = max(1, len(after) // 10)
+    for name in Sample._fields[2:]:
+        values = [getattr(sample, name) for sample in after]
+        slope = np.polyfit(steps, values, 1)[0]
+        first, last = (statistics.median(v) for v in (values[:tenth], values[-tenth:]))
+        print(f"| {name} | {first} | {last} | {max(values)} | {slope:+.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--warm", type=int, default=1_500, help="end of the warm-up")
+    here = Path(__file__).parent
+    parser.add_argument("--output", type=Path, default=here / "samples.csv")
+    settings = parser.parse_args()
+    samples: list[Sample] = []
+    ended = threading.Event()
+    with tempfile.TemporaryDirectory() as place:
+        config = make_config(Path(place), settings.steps)
+        arguments = (Path(place, "run"), samples, ended)
+        watcher = threading.Thread(target=watch, args=arguments)
+        watcher.start()
+        try:
+            run(config)
+        finally:
+            ended.set()
+            watcher.join()
+    with settings.output.open("w", newline="") as file:
+        csv.writer(file).writerows([Sample._fields, *samples])
+    report(samples, settings.warm)
+
+
+if __name__ == "__main__":
+    main()
