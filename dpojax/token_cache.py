@@ -67,7 +67,6 @@ def make_key(
     data: Sequence[Sequence[Path]],
     tokenizer: Tokenizer,
     settings: Mapping[str, Any],
-    smallest: int = SMALLEST,
 ) -> str | None:
     """The key of prepared data; None where it is not worth keeping or has none.
 
@@ -75,9 +74,8 @@ def make_key(
       data: of each data set all its files; empty where its contents are in no file.
       tokenizer: one of the library `tokenizers` says all that it does.
       settings: all others on which the examples depend, by any names.
-      smallest: data of fewer bytes has no key.
     """
-    if not all(data) or _num_bytes(data) < smallest:
+    if not all(data) or _num_bytes(data) < SMALLEST:
         return None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return None

@@ -168,7 +168,9 @@ class _Column:
     def __init__(self, dtype: str, path: Path | None):
         self._dtype, self._path = np.dtype(dtype), path
         self._last = array(self._dtype.char)
-        self._kept = io.BytesIO() if path is None else path.open("wb")
+        self._memory = io.BytesIO()  # without a file
+        if path is not None:
+            path.write_bytes(b"")
         self._digest = hashlib.sha256()
         self.count = 0
 
@@ -186,10 +188,8 @@ class _Column:
 
     def finish(self) -> np.ndarray:
         self._keep()
-        if isinstance(self._kept, io.BytesIO):
-            return np.frombuffer(self._kept.getbuffer(), self._dtype)
-        self._kept.close()
-        assert self._path is not None
+        if self._path is None:
+            return np.frombuffer(self._memory.getbuffer(), self._dtype)
         return _map(self._path, self._dtype.str)
 
     def hash(self) -> str:
@@ -197,5 +197,9 @@ class _Column:
 
     def _keep(self) -> None:
         self._digest.update(self._last)
-        self._kept.write(self._last)
+        if self._path is None:
+            self._memory.write(self._last)
+        else:
+            with self._path.open("ab") as file:
+                file.write(self._last)
         del self._last[:]
