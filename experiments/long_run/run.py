@@ -39,11 +39,11 @@ class Sample(NamedTuple):
     """What the process holds at one time."""
 
     seconds: float
-    step: int  # of the newest line of metrics.jsonl
+    step: float  # of the newest line of metrics.jsonl
     resident_mebibytes: float
-    open_files: int
-    threads: int
-    compiled: int  # programs, since the start
+    open_files: float
+    threads: float
+    compiled: float  # programs, since the start
 
 
 def write_pairs(path: Path, count: int) -> None:
@@ -52,7 +52,7 @@ def write_pairs(path: Path, count: int) -> None:
     reviews = iter(make_reviews(12 * count, seed=0))
 
     def several() -> str:
-        return "".join(next(reviews) for _ in range(min(4, rng.geometric(0.5))))
+        return "".join(next(reviews) for _ in range(min(3, rng.geometric(0.6))))
 
     rows = []
     for _ in range(count):
@@ -77,38 +77,47 @@ def make_config(place: Path, steps: int) -> TrainConfig:
         data=(str(place / "pairs.jsonl"),),
         output=str(place / "run"),
         test_size=32,
-        max_length=256,
-        batch_size=8,
+        max_length=96,
+        batch_size=4,
         steps=steps,
         log_every=10,
         evaluate_every=500,
         save_every=500,
         sample_prompts=2,
-        sample_tokens=8,
+        sample_tokens=4,
         optimizer=OptimizerConfig(learning_rate=1e-4),
     )
 
 
-def watch(directory: Path, samples: list[Sample], ended: threading.Event) -> None:
-    """Adds a sample each second."""
+def watch(directory: Path, output: Path, ended: threading.Event) -> None:
+    """Writes a sample each second."""
     start, compiled = time.monotonic(), [0]
 
-    def count(event: str, duration: float, **_: object) -> None:
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
         compiled[0] += event == _COMPILED
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    while not ended.wait(1.0):
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
-        samples.append(
-            Sample(
-                round(time.monotonic() - start, 1),
-                _newest_step(directory / "metrics.jsonl"),
-                round(resident / _MEBIBYTE, 1),
-                len(os.listdir("/proc/self/fd")),
-                threading.active_count(),
-                compiled[0],
+    with output.open("w", newline="", buffering=1) as file:
+        lines = csv.writer(file)
+        lines.writerow(Sample._fields)
+        while not ended.wait(1.0):
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+            lines.writerow(
+                Sample(
+                    round(time.monotonic() - start, 1),
+                    _newest_step(directory / "metrics.jsonl"),
+                    round(resident / _MEBIBYTE, 1),
+                    len(os.listdir("/proc/self/fd")),
+                    threading.active_count(),
+                    compiled[0],
+                )
             )
-        )
+
+
+def read_samples(path: Path) -> list[Sample]:
+    with path.open(newline="") as file:
+        _, *rows = csv.reader(file)
+    return [Sample(*map(float, row)) for row in rows]
 
 
 def _newest_step(path: Path) -> int:
@@ -122,7 +131,8 @@ def _newest_step(path: Path) -> int:
 def report(samples: list[Sample], warm: int) -> None:
     """What each figure was when warm and at the end, and its slope by least squares."""
     after = [sample for sample in samples if sample.step >= warm]
-    print(f"| from step {warm} to {after[-1].step} | first | last | most | per 1,000 |")
+    head = f"from step {warm} to {after[-1].step:.0f}"
+    print(f"| {head} | first | last | most | per 1,000 |")
     print("|---|---|---|---|---|")
     steps = np.array([sample.step for sample in after]) / 1000
     tenth = max(1, len(after) // 10)
@@ -140,11 +150,10 @@ def main() -> None:
     here = Path(__file__).parent
     parser.add_argument("--output", type=Path, default=here / "samples.csv")
     settings = parser.parse_args()
-    samples: list[Sample] = []
     ended = threading.Event()
     with tempfile.TemporaryDirectory() as place:
         config = make_config(Path(place), settings.steps)
-        arguments = (Path(place, "run"), samples, ended)
+        arguments = (Path(place, "run"), settings.output, ended)
         watcher = threading.Thread(target=watch, args=arguments)
         watcher.start()
         try:
@@ -152,9 +161,7 @@ def main() -> None:
         finally:
             ended.set()
             watcher.join()
-    with settings.output.open("w", newline="") as file:
-        csv.writer(file).writerows([Sample._fields, *samples])
-    report(samples, settings.warm)
+    report(read_samples(settings.output), settings.warm)
 
 
 if __name__ == "__main__":
