@@ -17,6 +17,7 @@ from dpojax.completions import cut_at, decode_completion, make_settle
 from dpojax.data.chats import render_messages
 from dpojax.data.fields import Messages, Record
 from dpojax.data.packing import bucket_length
+from dpojax.data.template_limits import limits
 from dpojax.data.tokenize import Tokenizer, encode_prompt
 from dpojax.generate import make_generate, pad_left
 from dpojax.loading import Loaded, check_positions, load_model
@@ -171,7 +172,8 @@ def _turn_end(tokenizer: Tokenizer, eos_token: int) -> int:
     Some models end their turns otherwise than their texts.
     """
     asked = Record([_message("user", "?")], (), "A conversation")
-    text = render_messages(asked, tokenizer, [_message("assistant", "Yes")])
+    with limits():
+        text = render_messages(asked, tokenizer, [_message("assistant", "Yes")])
     tail = tokenizer(text.rpartition("Yes")[2], add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
     is_special = bool(tail) and tail[0] in added and added[tail[0]].special

@@ -1,24 +1,121 @@
 """Checkpoints by Orbax: asynchronous, sharded, whole or absent. Alone imports orbax.
 
-A checkpoint is the state of training and a note about the run that made it. This file
-knows neither the loop nor what the state means.
+A checkpoint is the state of training and a note about the run that made it, sealed with
+the hashes of its files before it takes its name. This file knows neither the loop nor
+what the state means.
 """
 
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from dpojax.checksums import find_damage, seal
+
 Note = dict[str, Any]  # what JSON can hold
+_SMALL = 1 << 20  # bytes
+_DAY = 86_400  # seconds; Orbax would give up after ten minutes
+
+
+class Newest(NamedTuple):
+    """The newest checkpoint that can be used."""
+
+    step: int | None  # None: there is none
+    damaged: dict[int, str]  # what is wrong with others, by their steps
+
+
+def find_newest(directory: Path) -> Newest:
+    """Looks at every byte of checkpoints, from the newest back to one that is whole.
+
+    Of those before it, which are kept for worse times, only the small files are read:
+    among them what Orbax reads of each to know which is the best.
+
+    Raises:
+      ValueError: if there are checkpoints, but none is whole.
+    """
+    whole, damaged = None, {}
+    for step in sorted(_steps_in(directory), reverse=True):
+        hashed_below = float("inf") if whole is None else _SMALL
+        damage = find_damage(directory / str(step), hashed_below)
+        if damage is not None:
+            damaged[step] = damage
+        elif whole is None:
+            whole = step
+    if damaged and whole is None:
+        raise ValueError(
+            f"No checkpoint in {directory} can be used ({describe(damaged)}); put an "
+            "intact copy back, or start a new run in another --output."
+        )
+    return Newest(whole, damaged)
+
+
+def check_whole(directory: Path, step: int) -> None:
+    """Looks at every byte of one checkpoint.
+
+    Raises:
+      ValueError: if it is not there, or damaged.
+    """
+    steps = sorted(_steps_in(directory))
+    if step not in steps:
+        raise ValueError(
+            f"{directory} has no checkpoint of step {step}; "
+            f"it has {', '.join(map(str, steps)) or 'none'}."
+        )
+    damage = find_damage(directory / str(step))
+    if damage is not None:
+        raise ValueError(
+            f"The checkpoint of step {step} in {directory} is damaged: {damage}; "
+            "take another step, or put an intact copy back."
+        )
+
+
+def describe(damaged: dict[int, str]) -> str:
+    """What is wrong with which checkpoint."""
+    return "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
+
+
+def set_aside(directory: Path, steps: Iterable[int]) -> Path:
+    """Moves checkpoints out of the way of new ones of their steps, and says where to.
+
+    They are not removed: something of them may still be of use.
+    """
+    aside = directory.with_name(directory.name + ".damaged")
+    aside.mkdir(exist_ok=True)
+    for step in steps:
+        number = sum(path.stem == str(step) for path in aside.iterdir())
+        (directory / str(step)).rename(aside / f"{step}.{number}")
+    return aside
+
+
+def _steps_in(directory: Path) -> list[int]:
+    names = (path.name for path in directory.glob("*"))
+    return [int(name) for name in names if name.isdecimal()]
+
+
+class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A directory that Orbax fills, and that is sealed before it takes its name."""
+
+    async def finalize(self) -> None:
+        store, self._checkpoint_metadata_store = self._checkpoint_metadata_store, None
+        if store is not None:  # else it is a part of a checkpoint
+            # Orbax writes its own file behind our back, and without the line above once
+            # more. It still adds commit_success.txt, which nothing reads here.
+            await asyncio.to_thread(store.wait_until_finished)
+            name = self.get_final().name
+            await asyncio.to_thread(seal, Path(self.get()), name)
+        await super().finalize()
 
 
 class Checkpoints:
     """The checkpoints of one run: the last few, and the best by evaluation loss."""
 
-    def __init__(self, directory: Path, *, keep_last: int = 2):
-        """Opens the directory, which may be new."""
+    def __init__(self, directory: Path, *, keep_last: int = 2, read_only: bool = False):
+        """Opens the directory, which may be new unless it is only read."""
         best = BestN(
             get_metric_fn=_evaluation_loss,
             reverse=True,
@@ -29,7 +126,13 @@ class Checkpoints:
         # Without best_fn Orbax does not write the metrics, and a resumed run could no
         # longer tell which checkpoint is the best.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=_evaluation_loss, best_mode="min"
+            preservation_policy=None if read_only else policy,
+            best_fn=_evaluation_loss,
+            best_mode="min",
+            temporary_path_class=_Sealed,
+            async_options=ocp.AsyncOptions(timeout_secs=_DAY),
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # of a run that was killed
         )
         self._directory = directory
         handlers = {
@@ -59,7 +162,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note)
         )
         metrics = None if loss is None else {"loss": loss}
-        self._manager.save(step, args=items, metrics=metrics)
+        with self._naming():
+            self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads a state, or what of it is in `like`, onto the shardings of `like`.
@@ -101,9 +205,27 @@ class Checkpoints:
         return self._manager.restore(step, args=items)["note"]
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        """Waits until everything is written.
+
+        Raises:
+          OSError: if it could not be.
+        """
+        with self._naming():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """What Orbax and its storage raise, in one sentence."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
+            reason = reason or str(error).rsplit(": ", 1)[-1].split(" [")[0]
+            raise OSError(
+                f"A checkpoint could not be written to {self._directory} ({reason}); "
+                "those before it are intact: mend the storage, then use --resume."
+            ) from error
 
     def _check_step(self, step: int) -> None:
         if step not in self.steps:

@@ -1,5 +1,6 @@
 """The `dpojax` command: parsing and calls, nothing else."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Before transformers is imported: it would say that it misses PyTorch, which dpojax
     # does not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Orbax logs what it raises too, with a traceback for each of its threads.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, FloatingPointError, OSError) as error:

@@ -33,6 +33,8 @@ class EvalConfig:
     """Most tokens of a prompt and one completion, with EOS."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """Longer examples are cut or dropped, as in training."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A record that cannot be used stops the command, or is left out and listed."""
     loss: LossConfig = field(default_factory=LossConfig)
     pairs_from: Literal["best_worst", "all", "rso"] = "best_worst"
     """As in training."""
@@ -87,6 +89,8 @@ class ScoreConfig:
     """Score this many records, chosen at random."""
     max_length: int = 1024
     """Most tokens of a prompt and one completion, with EOS; longer ones are cut."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A record that cannot be used stops the command, or is left out and listed."""
     batch_size: int = 16
     """Prompts scored at one time, with their completions."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None

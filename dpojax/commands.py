@@ -117,6 +117,7 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
         max_length=config.max_length,
         too_long=config.too_long,
         turns=config.turns,
+        on_bad_record=config.on_bad_record,
     )
     if "reward_head" in loss.needs:
         examples = as_reward_examples(examples, loaded)

@@ -194,6 +194,8 @@ class TrainConfig:
     """Most tokens of a prompt and one completion, with EOS (TRL: 1024)."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """Longer examples: cut the prompt's beginning, then completions' ends; or drop."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A record that cannot be used stops the command, or is left out and listed."""
 
     batch_size: int = 64
     """Examples of an optimiser step, over all devices (paper: 64)."""

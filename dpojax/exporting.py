@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dpojax.checkpoint import Checkpoints
+from dpojax.checkpoint import Checkpoints, check_whole, describe, find_newest
 from dpojax.command_config import ExportConfig
 from dpojax.connecting import connect
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
@@ -104,10 +104,8 @@ def _write(output: Path, exported: _Exported, config: ExportConfig) -> None:
 
 def _read_run(source: Path, step: int | None, mesh: Mesh) -> tuple[_Exported, int]:
     """A run's checkpoint and its step."""
-    checkpoints = Checkpoints(source / "checkpoints")
-    if step is None and not checkpoints.steps:
-        raise ValueError(f"{source} has no checkpoint yet.")
-    step = checkpoints.steps[-1] if step is None else step
+    step = int(decided_by_first(lambda: str(_choose_step(source, step))))
+    checkpoints = Checkpoints(source / "checkpoints", read_only=True)
     frame = source / "model"
     if is_adapter(frame):
         exported = _read_adapted(frame, read_base_name(frame), mesh)
@@ -128,6 +126,20 @@ def _read_run(source: Path, step: int | None, mesh: Mesh) -> tuple[_Exported, in
     trained = checkpoints.restore(step, {"params": like})["params"]
     checkpoints.close()
     return exported._replace(trained=trained), step
+
+
+def _choose_step(source: Path, step: int | None) -> int:
+    """The step that is asked for, or the newest; its checkpoint is whole."""
+    checkpoints = source / "checkpoints"
+    if step is not None:
+        check_whole(checkpoints, step)
+        return step
+    newest = find_newest(checkpoints)
+    if newest.step is None:
+        raise ValueError(f"{source} has no checkpoint yet.")
+    if newest.damaged:
+        say(f"Damaged checkpoints are passed over: {describe(newest.damaged)}.")
+    return newest.step
 
 
 def _read_adapted(directory: Path, name: str, mesh: Mesh) -> _Exported:

@@ -1,4 +1,4 @@
-"""What is measured, as sums that add up over microbatches and devices; where it goes.
+"""What is measured, as sums that add up over microbatches and devices.
 
 A metric is a numerator and a denominator until it is printed: the mean over a batch
 does not depend on how the batch was split. Names are TRL's where TRL has one. Three
@@ -7,9 +7,7 @@ that a fresh policy starts at 0), rewards of an empty slot count nowhere, and ``
 is without the ``aux_loss`` of routers, whether that is trained on or not.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dpojax.processes import only_first
 from dpojax.routing import Routing, load_balancing_loss
 
 
@@ -187,31 +184,3 @@ def _pearson(entry: Correlation) -> float:
     spread = (xx - x * x / count) * (yy - y * y / count)
     # Constant lengths or margins, as at step 0, have no correlation to speak of.
     return (xy - x * y / count) / np.sqrt(spread) if spread > 0 else 0.0
-
-
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, in the order of the steps.
-
-    Process 0 writes it; in the others its methods do nothing.
-    """
-
-    def __init__(self, path: Path, keep_until: int):
-        """Opens the file; lines after that step are dropped, since they come again."""
-        self.path = path
-        self._forget(keep_until)
-
-    @only_first
-    def _forget(self, keep_until: int) -> None:
-        path = self.path
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = text.split("\n")[:-1]  # a line cut short by a crash has no end
-        kept = [line for line in lines if json.loads(line)["step"] <= keep_until]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-    @only_first
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Appends a line; numbers that are not finite become null."""
-        finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
-        line = json.dumps({"step": step, "split": split} | finite, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")

@@ -18,6 +18,12 @@ from dpojax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from dpojax.data.bad_records import (
+    BadRecords,
+    OnBadRecord,
+    Skipped,
+    describe_skipped,
+)
 from dpojax.data.conversions import Conversion
 from dpojax.data.fields import Record
 from dpojax.data.flat_examples import ExampleWriter
@@ -183,12 +189,15 @@ def load_examples(
     max_length: int = 1024,
     too_long: Literal["truncate", "drop"] = "truncate",
     turns: Literal["all", "assistant"] = "all",
+    on_bad_record: OnBadRecord = "stop",
+    skipped: list[Skipped] | None = None,
 ) -> Sequence[Example]:
     """Reads, converts and tokenises what a loss takes, and says what was left out.
 
     Takes what `dpojax.data.records.load_records` and
-    `dpojax.data.tokenize.tokenize_records` take. Large data is kept as it is prepared,
-    see `dpojax.token_cache`.
+    `dpojax.data.tokenize.tokenize_records` take. Bad records that are left out, where
+    there are any, are added to `skipped`. Large data is kept as it is prepared, see
+    `dpojax.token_cache`.
     """
     selected = {
         "split": split,
@@ -204,23 +213,30 @@ def load_examples(
         "needs_scores": "score" in loss.needs,
     }
     tokenized = {"max_length": max_length, "too_long": too_long, "turns": turns}
-    selections = select_records(sources, **selected)
 
     def prepare(directory: Path | None) -> Prepared:
+        bad = BadRecords() if on_bad_record == "skip" else None
+        selections = select_records(sources, **selected, bad=bad)
         num_rows = sum(map(len, selections))
         with track(f"Preparing {split}", total=num_rows) as advance:
             records = _counted(chain.from_iterable(selections), advance)
-            conversion = Conversion(records, **converted)
+            conversion = Conversion(records, **converted, bad=bad)
             writer = ExampleWriter(directory)
             examples, counts = tokenize_records(
-                conversion, tokenizer, writer=writer, **tokenized
+                conversion, tokenizer, writer=writer, bad=bad, **tokenized
             )
-        return Prepared(examples, conversion.counts, counts, writer.hashes())
+        left_out = Skipped(split, (), 0) if bad is None else bad.of_split(split)
+        return Prepared(examples, conversion.counts, counts, left_out, writer.hashes())
 
-    files = [selection.files for selection in selections]
-    key = make_key(files, tokenizer, selected | converted | tokenized)
-    examples, conversion, counts, _ = load(default_root(), key, prepare)
-    say(f"{split}: {describe(conversion)}; {describe(counts)}")
+    files = [selection.files for selection in select_records(sources, **selected)]
+    settings = selected | converted | tokenized | {"on_bad_record": on_bad_record}
+    prepared = load(default_root(), make_key(files, tokenizer, settings), prepare)
+    examples = prepared.examples
+    say(f"{split}: {describe(prepared.conversion)}; {describe(prepared.counts)}")
+    if prepared.skipped.reasons:
+        say(describe_skipped(prepared.skipped))
+        if skipped is not None:
+            skipped.append(prepared.skipped)
     _check_probabilities(loss, examples)
     return examples
 
@@ -233,9 +249,13 @@ def _counted(records: Iterable[Record], advance: Advance) -> Iterator[Record]:
 
 
 def load_split(
-    config: TrainConfig, loss: Loss, tokenizer: Tokenizer, split: str
+    config: TrainConfig,
+    loss: Loss,
+    tokenizer: Tokenizer,
+    split: str,
+    skipped: list[Skipped] | None = None,
 ) -> Sequence[Example]:
-    """The examples of a split of a run's data."""
+    """The examples of a split of a run's data, see `load_examples`."""
     return load_examples(
         config.data,
         loss,
@@ -251,6 +271,8 @@ def load_split(
         max_length=config.max_length,
         too_long=config.too_long,
         turns=config.turns,
+        on_bad_record=config.on_bad_record,
+        skipped=skipped,
     )
 
 

@@ -94,17 +94,6 @@ def check_same(values: Mapping[str, object], remedy: str) -> None:
             )
 
 
-def is_preempted(step: int) -> bool:
-    """Whether some process was told to end (SIGTERM), and all are to stop at this step.
-
-    To be asked at every step: only so do all of them agree on one. A single process
-    ends at once by itself.
-    """
-    if jax.process_count() == 1:
-        return False
-    return multihost_utils.reached_preemption_sync_point(step)
-
-
 def gathered(array: jax.Array | np.ndarray) -> np.ndarray:
     """All values of an array; every process must ask for them."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:

@@ -1,6 +1,6 @@
-"""What makes a resumed run the same run: a note beside each checkpoint.
+"""What makes a resumed run the same run: where it goes on, and what must not differ.
 
-This file knows neither checkpoints nor the loop.
+This file does not know the loop.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,28 @@ from typing import Any
 import jax
 
 from dpojax import __version__
+from dpojax.checkpoint import describe, find_newest, set_aside
 from dpojax.config import TrainConfig
 from dpojax.data.order import WINDOW
+from dpojax.processes import decided_by_first
+from dpojax.progress import say
+
+
+def find_step(checkpoints: Path) -> int:
+    """The step of the newest whole checkpoint, or 0; damaged ones are set aside.
+
+    Raises:
+      ValueError: if there are checkpoints, but none is whole.
+    """
+
+    def decide() -> str:
+        step, damaged = find_newest(checkpoints)
+        if damaged:
+            aside = set_aside(checkpoints, damaged)
+            say(f"Damaged checkpoints are now in {aside}: {describe(damaged)}.")
+        return str(step or 0)
+
+    return int(decided_by_first(decide))
 
 
 def make_note(

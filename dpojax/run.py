@@ -9,31 +9,38 @@ from typing import NamedTuple
 
 import jax
 
-from dpojax import metrics
 from dpojax.batch import Batch
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
 from dpojax.connecting import connect
+from dpojax.data.bad_records import Skipped
 from dpojax.data.loader import counted_batches, fingerprint
 from dpojax.data.packing import Example, OwnRows, every_row, with_mismatched
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
 from dpojax.fitting import check_memory, fit
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
+from dpojax.metrics_file import MetricsFile
 from dpojax.policy import computed, load_policy, make_policy, write_trained
 from dpojax.precompute import precompute
+from dpojax.preemption import preemption
 from dpojax.prepare import (
     balance_advice,
     check_training,
     load_split,
     make_configured_loss,
 )
-from dpojax.processes import check_same, is_preempted
+from dpojax.processes import check_same
 from dpojax.progress import say, track
 from dpojax.reference import Params
 from dpojax.reference_setting import named_reference
-from dpojax.resume import abstract, check_note, make_note
-from dpojax.run_directory import begin_directory, choose_directory, write_samples
+from dpojax.resume import abstract, check_note, find_step, make_note
+from dpojax.run_directory import (
+    RunDirectory,
+    open_directory,
+    write_samples,
+    write_skipped,
+)
 from dpojax.run_log import figures_line, num_parameters, summary
 from dpojax.sharding import (
     Placement,
@@ -42,7 +49,7 @@ from dpojax.sharding import (
     put_ahead,
 )
 from dpojax.spread import Spread
-from dpojax.step_log import StepLog
+from dpojax.step_log import Figures, StepLog
 from dpojax.train_step import make_eval_step
 from dpojax.training import make_training
 
@@ -71,19 +78,25 @@ def run(config: TrainConfig) -> Result:
         and data that cannot be read, before anything is compiled.
       FloatingPointError: naming the step whose loss or gradient was not finite.
     """
-    # -- Settings that cannot work ----------------------------------------------------
     connect(config.distributed)
+    with open_directory(config) as place:
+        return _train(config, place)
+
+
+def _train(config: TrainConfig, place: RunDirectory) -> Result:
+    # -- Settings that cannot work ----------------------------------------------------
     loss = make_configured_loss(config.loss)
     mesh = make_mesh(**vars(config.mesh))
     check_training(config, loss)
     memory = check_memory(config, loss)
-    directory = choose_directory(config)
+    directory = place.path
 
     # -- Model, data and reference ----------------------------------------------------
     loaded = load_policy(config, loss, mesh)
     check_positions(loaded, config.max_length)
-    train = load_split(config, loss, loaded.tokenizer, config.train_split)
-    test = load_split(config, loss, loaded.tokenizer, config.test_split)
+    skipped: list[Skipped] = []
+    train = load_split(config, loss, loaded.tokenizer, config.train_split, skipped)
+    test = load_split(config, loss, loaded.tokenizer, config.test_split, skipped)
     if "reward_head" in loss.needs:
         train, test = (as_reward_examples(part, loaded) for part in (train, test))
     advice = balance_advice(loss, train)
@@ -144,14 +157,16 @@ def run(config: TrainConfig) -> Result:
     state = training.begin()
 
     # -- Resume: the state first, then what depends on its step -----------------------
-    checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
     note = make_note(config, fingerprint(train), num_seen, identity)
     check_same(note, "start every process with the same settings and data")
-    step = checkpoints.steps[-1] if config.resume and checkpoints.steps else 0
+    step = find_step(directory / "checkpoints") if config.resume else 0
     if step == 0:  # only now: what was refused above leaves no directory behind
-        begin_directory(directory, config, loaded)
+        place.begin(config, loaded)
+        write_skipped(directory, skipped)
+    checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
     first: dict[str, float] = {}
     last, last_at = first, -1  # the newest evaluation and its step
+    unlogged: Figures = []
     if step:
         saved = checkpoints.note(step)
         check_note(saved, note, directory)
@@ -159,9 +174,10 @@ def run(config: TrainConfig) -> Result:
         jax.tree.map(lambda array: array.delete(), state)  # before there are two
         state = checkpoints.restore(step, like)
         last, last_at = saved["evaluation"], saved["evaluated_at"]
+        unlogged = saved["unlogged"]
     if config.resume:
         say(f"Resuming {directory} at step {step}.")
-    log = metrics.MetricsFile(directory / "metrics.jsonl", keep_until=step or -1)
+    log = MetricsFile(directory / "metrics.jsonl", keep_until=step or -1)
 
     # -- Evaluation -------------------------------------------------------------------
     eval_step = make_eval_step(
@@ -201,43 +217,50 @@ def run(config: TrainConfig) -> Result:
         values["learning_rate"] = float(training.learning_rates[step - 1])
         values["epoch"] = min(step * config.batch_size, num_seen) / len(train)
         log.write(step, "train", values)
-        if step == stop or step % config.log_every == 0:
+        if step == num_steps or step % config.log_every == 0:
             say(figures_line(f"train step {step}", values))
 
-    steps = StepLog(logged)
+    steps = StepLog(logged, unlogged)
     batches = batches_of(step, stop, config.microbatches, placement.own_rows)
 
     def put_own(counted: tuple[int, Batch]) -> Batch:
         return placement.put_own(counted[1])
 
     bar = track("Training", total=num_steps, done=step)
-    with closing(checkpoints), bar as advance:
+    with closing(checkpoints), bar as advance, preemption() as is_preempted:
         for (num_tokens, _), placed in put_ahead(batches, put_own):
             state, sums = training.step(state, training.frozen, placed)
             steps.catch_up()  # with an interval that ended before this step
             step += 1
             steps.add(step, sums, num_tokens)
             preempted = is_preempted(step)
+            # Whether a run is stopped changes neither its lines nor its evaluations.
             due = {
-                name: step == stop or step % every == 0
+                name: step == num_steps or step % every == 0
                 for name, every in (
                     ("log", config.log_every),
                     ("evaluate", config.evaluate_every),
                     ("save", config.save_every),
                 )
             }
-            due["save"] = due["save"] or preempted
-            if any(due.values()):
+            due["save"] |= step == stop or preempted
+            if due["log"] or due["evaluate"]:
                 steps.end_interval()
             if due["evaluate"] or due["save"]:
                 steps.catch_up()  # what is no number is found before it is saved
-                if due["evaluate"]:
-                    last, last_at = evaluated(step), step
-                if due["save"]:
-                    newest = {"evaluation": last, "evaluated_at": last_at}
-                    best_by = last["loss"] if last_at == step else None
-                    checkpoints.save(step, state, note | newest, best_by)
-                steps.restart()
+                unlogged = steps.unlogged()
+                with steps.paused():
+                    if due["evaluate"]:
+                        last, last_at = evaluated(step), step
+                    if due["save"]:
+                        log.keep()
+                        newest = {
+                            "evaluation": last,
+                            "evaluated_at": last_at,
+                            "unlogged": unlogged,
+                        }
+                        best_by = last["loss"] if last_at == step else None
+                        checkpoints.save(step, state, note | newest, best_by)
             advance(figures_line("", steps.latest))
             if preempted:
                 break

@@ -2,9 +2,11 @@
 
     config.py       the full configuration; `dpojax train` with this file repeats it
     metrics.jsonl   one line of metrics a step that was logged
+    skipped.jsonl   bad records that were left out, if there were any, and why
     samples.jsonl   the same held-out prompts, continued at each evaluation
     model/          the model without its weights; with a checkpoint it makes an export
     checkpoints/    states of training
+    lock            held by the process that writes here
     final/          the trained model, in Hugging Face's form
 
 This file knows no training.
@@ -13,31 +15,113 @@ This file knows no training.
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+from filelock import FileLock, Timeout
 
 from dpojax.config import DistributedConfig, TrainConfig
+from dpojax.data.bad_records import Skipped
 from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded, new_directory
 from dpojax.models.huggingface import write_settings
 from dpojax.models.peft import write_config
 from dpojax.processes import decided_by_first, only_first, wait_for_all
-from dpojax.whole_files import write_json_lines
+from dpojax.whole_files import (
+    unfinished_directory,
+    whole_directory,
+    write_bytes,
+    write_json_lines,
+)
 
 
-def choose_directory(config: TrainConfig) -> Path:
+class RunDirectory:
+    """Where a run writes."""
+
+    def __init__(self, path: Path, locks: list[FileLock]):
+        """See `open_directory`."""
+        self.path = path
+        self._locks = locks
+
+    def begin(self, config: TrainConfig, loaded: Loaded) -> None:
+        """Writes what is there before the first step.
+
+        A new directory appears by rename, locked and with everything in it.
+
+        Raises:
+          ValueError: if another run has made it meanwhile; if the processes do not
+            share a file system.
+        """
+        self._make(config, loaded)
+        wait_for_all(f"began {self.path}")
+        if not (self.path / "config.py").is_file():
+            raise ValueError(
+                f"What process 0 writes to {self.path} is not seen by process "
+                f"{jax.process_index()}; give an --output on a file system that all "
+                "share."
+            )
+
+    @only_first
+    def _make(self, config: TrainConfig, loaded: Loaded) -> None:
+        if self._locks:  # of a run that is resumed, from its beginning
+            _write_frame(self.path, config, loaded)
+            return
+        with unfinished_directory(self.path) as unfinished:
+            self._locks.append(_locked(unfinished, self.path))
+            _write_frame(unfinished, config, loaded)
+
+
+def _write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
+    """The model but its weights, then the configuration."""
+    with whole_directory(directory / "model") as frame:
+        write_settings(frame, loaded.settings, "float32", loaded.generation_settings)
+        model = loaded.model
+        if model.lora is not None:
+            write_config(frame, model.lora, model.params, loaded.settings, loaded.base)
+        loaded.tokenizer.save_pretrained(frame)
+    again = replace(
+        config,
+        output=None,
+        resume=False,
+        stop_after=None,
+        distributed=DistributedConfig(),
+    )
+    text = (
+        '"""The configuration of a run; `dpojax train` with it repeats the run."""\n\n'
+        "from dpojax.config import DistributedConfig, LoraConfig, LossConfig, "
+        "MeshConfig, MovingConfig, OptimizerConfig, TrainConfig\n\n\n"
+        f"def config() -> TrainConfig:\n    return {again!r}\n"
+    )
+    write_bytes(directory / "config.py", text.encode())
+
+
+@contextmanager
+def open_directory(config: TrainConfig) -> Iterator[RunDirectory]:
     """The directory of a new run, not made yet, or of the one to resume.
 
-    Process 0 decides: the others might come after it has made it, or a second later.
+    Process 0 decides: the others might come after it has made it, or a second later. It
+    also keeps other runs out until the end.
 
     Raises:
       ValueError: if a new run would write where something is, or there is none to
-        resume.
+        resume, or another run writes there.
     """
-    return Path(decided_by_first(lambda: str(_choose(config))))
+    locks: list[FileLock] = []  # of process 0: the one that it holds
+
+    def choose() -> str:
+        path = _choose(config)
+        if config.resume:
+            locks.append(_locked(path, path))
+        return str(path)
+
+    try:
+        yield RunDirectory(Path(decided_by_first(choose)), locks)
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 def _choose(config: TrainConfig) -> Path:
@@ -48,47 +132,33 @@ def _choose(config: TrainConfig) -> Path:
     return new_directory(config.output or default_name(config.loss.name))
 
 
+def _locked(path: Path, shown: Path) -> FileLock:
+    """A lock that the system takes back when the process ends, however it ends."""
+    lock = FileLock(path / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"Another run writes to {shown}; wait for it, or choose another --output."
+        ) from None
+    return lock
+
+
 def default_name(kind: str) -> str:
     """A directory named for the kind of run and the time."""
     kind = re.sub(r"[^\w.]+", "-", kind)  # a sum, or a path of the user's
     return f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def begin_directory(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
-    """Begins a run's directory, and looks whether all processes see it.
-
-    Raises:
-      ValueError: if they do not share a file system.
-    """
-    _write_frame(directory, config, loaded)
-    wait_for_all(f"began {directory}")
-    if not (directory / "config.py").is_file():
-        raise ValueError(
-            f"What process 0 writes to {directory} is not seen by process "
-            f"{jax.process_index()}; give an --output on a file system that all share."
-        )
-
-
-@only_first
-def _write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
-    """The model but its weights, then the configuration."""
-    frame = directory / "model"
-    frame.mkdir(parents=True, exist_ok=True)
-    write_settings(frame, loaded.settings, "float32", loaded.generation_settings)
-    model = loaded.model
-    if model.lora is not None:
-        write_config(frame, model.lora, model.params, loaded.settings, loaded.base)
-    loaded.tokenizer.save_pretrained(frame)
-    again = replace(
-        config, output=None, stop_after=None, distributed=DistributedConfig()
-    )
-    text = (
-        '"""The configuration of a run; `dpojax train` with it repeats the run."""\n\n'
-        "from dpojax.config import DistributedConfig, LoraConfig, LossConfig, "
-        "MeshConfig, MovingConfig, OptimizerConfig, TrainConfig\n\n\n"
-        f"def config() -> TrainConfig:\n    return {again!r}\n"
-    )
-    (directory / "config.py").write_text(text, encoding="utf-8")
+def write_skipped(directory: Path, skipped: Sequence[Skipped]) -> None:
+    """Lists the bad records that were left out, where there are any."""
+    rows = [
+        {"split": part.split, "reason": reason}
+        for part in skipped
+        for reason in part.reasons
+    ]
+    if rows:
+        write_json_lines(directory / "skipped.jsonl", rows)
 
 
 @only_first

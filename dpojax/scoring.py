@@ -17,6 +17,8 @@ from dpojax import metrics
 from dpojax.batch import Batch
 from dpojax.command_config import ScoreConfig
 from dpojax.connecting import connect
+from dpojax.data.bad_records import BadRecords, describe_skipped, usable
+from dpojax.data.chats import render
 from dpojax.data.loader import packed_batches
 from dpojax.data.packing import Example
 from dpojax.data.records import Record, read_records
@@ -48,7 +50,7 @@ def score(config: ScoreConfig) -> Path:
     mesh = make_mesh(**vars(config.mesh))
     loaded = load_reward_model(config.model, Keeping(mesh, config.compute_dtype))
     check_positions(loaded, config.max_length)
-    records = _read(config)
+    records = _read(config, loaded)
     examples = _as_examples(records, loaded, config.max_length)
     scores = score_examples(
         make_score_step(loaded.model.apply),
@@ -126,15 +128,29 @@ def ranking_accuracy(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     )
 
 
-def _read(config: ScoreConfig) -> list[Record]:
-    """All of a split; nothing is cut off data that has none."""
-    return read_records(
+def _read(config: ScoreConfig, loaded: Loaded) -> list[Record]:
+    """All of a split that can be used; nothing is cut off data that has none."""
+    bad = BadRecords() if config.on_bad_record == "skip" else None
+    records = read_records(
         config.data,
         split=config.split,
         columns=config.columns,
         test_size=0,
         max_examples=config.max_examples,
+        bad=bad,
     )
+    if bad is None:
+        return records
+
+    def rendered(record: Record) -> Record:
+        """All completions of a record are scored, or none."""
+        render(record, loaded.tokenizer)
+        return record
+
+    records = list(usable(rendered, records, bad))
+    if bad.of_split(config.split).reasons:
+        say(describe_skipped(bad.of_split(config.split)))
+    return records
 
 
 def _as_examples(

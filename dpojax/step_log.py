@@ -8,13 +8,18 @@ dispatched. This file knows no model and no file.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dpojax import metrics
+
+# Of steps whose line is not written yet: each with its sums, leaf by leaf, as JSON can
+# hold them without a loss.
+Figures = list[tuple[int, list[Any]]]
 
 
 class _Interval(NamedTuple):
@@ -30,6 +35,7 @@ class StepLog:
     def __init__(
         self,
         write: Callable[[int, dict[str, float]], None],
+        unlogged: Figures | None = None,
         fetch: Callable[[Any], Any] = jax.device_get,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -37,19 +43,24 @@ class StepLog:
 
         Args:
           write: takes the last step of an interval, and its means.
+          unlogged: of the run that is continued, as `unlogged` gave them.
           fetch: arrays on devices to arrays of the host; waits for them.
           clock: seconds.
         """
         self._write, self._fetch, self._clock = write, fetch, clock
+        self._earlier = unlogged or []
+        self._current = _Interval([], 0)
         self._ended: _Interval | None = None
         self._speeds: list[float] = []
         self.latest: dict[str, float] = {}  # the newest line
-        self.restart()
-
-    def restart(self) -> None:
-        """Begins an interval now: what took time since the last step is not its."""
-        self._current = _Interval([], 0)
         self._since = self._clock()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within takes no time of the steps."""
+        start = self._clock()
+        yield
+        self._since += self._clock() - start
 
     def add(self, step: int, sums: metrics.Sums, num_tokens: int) -> None:
         """Remembers a step that has been dispatched, and how many tokens it has."""
@@ -75,9 +86,23 @@ class StepLog:
         self._since = now
         for step, sums in steps:
             _check_finite(step, sums)
-        self.latest = _means([sums for _, sums in steps])
+        earlier = [_as_sums(leaves, steps[-1][1]) for _, leaves in self._earlier]
+        self._earlier = []
+        self.latest = _means([*earlier, *(sums for _, sums in steps)])
         self.latest["tokens_per_second"] = self._speeds[-1]
         self._write(steps[-1][0], self.latest)
+
+    def unlogged(self) -> Figures:
+        """The figures since the last line; waits for the last of the steps.
+
+        Raises:
+          FloatingPointError: as `catch_up`.
+        """
+        steps = self._fetch(self._current.steps)
+        for step, sums in steps:
+            _check_finite(step, sums)
+        lists = [(step, _as_lists(sums)) for step, sums in steps]
+        return [*self._earlier, *lists]
 
     @property
     def median_speed(self) -> float:
@@ -93,6 +118,17 @@ def _check_finite(step: int, sums: metrics.Sums) -> None:
                 f"The {name} of step {step} is {values[name]}; the run stops here. "
                 "Its last checkpoint is from before this step."
             )
+
+
+def _as_lists(sums: metrics.Sums) -> list[Any]:
+    return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(sums)]
+
+
+def _as_sums(leaves: list[Any], like: metrics.Sums) -> metrics.Sums:
+    """Sums again, of the structure and dtypes of another step's."""
+    arrays, structure = jax.tree.flatten(like)
+    pairs = zip(leaves, arrays, strict=True)
+    return structure.unflatten([np.asarray(leaf, array.dtype) for leaf, array in pairs])
 
 
 def _means(steps: list[metrics.Sums]) -> dict[str, float]:

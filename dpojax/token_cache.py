@@ -29,6 +29,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerFast
 
+from dpojax.data.bad_records import Skipped
 from dpojax.data.chats import Tokenizer
 from dpojax.data.conversions import ConversionCounts
 from dpojax.data.flat_examples import FlatExamples, map_examples
@@ -50,6 +51,7 @@ class Prepared(NamedTuple):
     examples: FlatExamples
     conversion: ConversionCounts
     counts: Counts
+    skipped: Skipped
     hashes: dict[str, str]  # of the arrays' files
 
 
@@ -138,6 +140,7 @@ def _write_note(directory: Path, prepared: Prepared) -> None:
         "fingerprint": prepared.examples.fingerprint,
         "conversion": prepared.conversion._asdict(),
         "counts": prepared.counts._asdict(),
+        "skipped": prepared.skipped._asdict(),
     }
     content = json.dumps(note, indent=2).encode()
     (directory / f"{hashlib.sha256(content).hexdigest()}.json").write_bytes(content)
@@ -155,6 +158,7 @@ def _read(directory: Path) -> Prepared | None:
         map_examples(directory, note["fingerprint"]),
         ConversionCounts(**note["conversion"]),
         Counts(**note["counts"]),
+        _as_skipped(**note["skipped"]),
         note["hashes"],
     )
 
@@ -173,6 +177,10 @@ def _read_note(directory: Path) -> dict[str, Any] | None:
             hashes = list(pool.map(_hash, paths))
         return note if hashes == list(note["hashes"].values()) else None
     return None
+
+
+def _as_skipped(split: str, reasons: list[str], num_records: int) -> Skipped:
+    return Skipped(split, tuple(reasons), num_records)
 
 
 def _hash(path: Path) -> str:

@@ -4,11 +4,13 @@ What is in them is not this file's concern.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from errno import EEXIST, ENOTEMPTY
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from dpojax.processes import decided_by_first, only_first
@@ -38,9 +40,10 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with naming(path), unfinished.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        reach_disk(file)
     unfinished.replace(path)
 
 
@@ -52,10 +55,49 @@ def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
     try:
-        unfinished.write_bytes(content)
+        with naming(path), unfinished.open("wb") as file:
+            file.write(content)
+            reach_disk(file)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file where the system says only what went wrong: a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def reach_disk(file: IO[Any]) -> None:
+    """Returns when what was written would survive the machine's sudden end too."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def unfinished_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write into, which then takes the name of one that is new.
+
+    Raises:
+      ValueError: if something has the name by then.
+    """
+    name = f"{directory.name}.{uuid4().hex}.unfinished"
+    unfinished = directory.with_name(name)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(directory)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (EEXIST, ENOTEMPTY):
+            raise ValueError(
+                f"{directory} already exists; choose another --output."
+            ) from None
+        raise
 
 
 @contextmanager

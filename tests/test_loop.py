@@ -1,5 +1,8 @@
 """The loop: when figures are fetched, when batches are placed, what is compiled."""
 
+import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +22,7 @@ from dpojax.metrics import Ratio
 from dpojax.run import run
 from dpojax.sharding import put_ahead
 from dpojax.step_log import StepLog
+from dpojax.train_step import TrainState
 from dpojax.training import Training
 
 
@@ -98,6 +102,32 @@ def test_a_run_waits_once_an_interval_and_when_the_next_step_is_on_its_way(
     assert [row["step"] for row in rows] == [3, 6, 7]
 
 
+def test_sigterm_saves_and_a_run_that_it_stopped_between_lines_leaves_the_same_ones(
+    config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = replace(config, log_every=2, evaluate_every=4, sample_prompts=0)
+    whole = run(replace(config, output=str(place / "undisturbed")))
+    make = run_module.make_training
+
+    def make_told(*args: Any) -> Training:
+        training = make(*args)
+
+        def step(state: TrainState, *rest: Any) -> tuple[Any, Any]:
+            if state.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return training.step(state, *rest)
+
+        return training._replace(step=step)
+
+    told = replace(config, output=str(place / "told"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "make_training", make_told)
+        assert run(told).step == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run(replace(told, resume=True))
+    assert metrics_of(place / "told") == metrics_of(whole.directory)
+
+
 def sums(loss: float) -> dict[str, Ratio]:
     one = jnp.ones(())
     return {"loss": Ratio(loss * one, one), "grad_norm": Ratio(one, one)}
@@ -105,7 +135,7 @@ def sums(loss: float) -> dict[str, Ratio]:
 
 def test_by_hand_lines_of_two_intervals():
     """Losses 1 and 3, then 5; 10 tokens in 2 s, then, after a pause, 6 in 3 s."""
-    lines, times = [], iter([0.0, 2.0, 100.0, 103.0])
+    lines, times = [], iter([0.0, 2.0, 2.0, 100.0, 103.0])
     log = StepLog(
         lambda step, values: lines.append((step, values)), clock=lambda: next(times)
     )
@@ -114,7 +144,8 @@ def test_by_hand_lines_of_two_intervals():
     log.end_interval()
     assert not lines
     log.catch_up()
-    log.restart()
+    with log.paused():
+        pass
     log.add(3, sums(5.0), 6)
     log.end_interval()
     log.catch_up()
@@ -124,6 +155,23 @@ def test_by_hand_lines_of_two_intervals():
     assert first == (2, one)
     assert second == (3, one | {"loss": 5.0, "tokens_per_second": 2.0})
     assert log.median_speed == 3.5
+
+
+def test_steps_before_a_restart_are_of_the_line_that_comes_after_it():
+    """Losses 0.1 and 2, then, in another process, 6: the line of 0.1 and 2 and 6."""
+    lines = []
+    log = StepLog(lambda step, values: pytest.fail("written"))
+    log.add(1, sums(0.1), 1)
+    first = json.loads(json.dumps(log.unlogged()))
+    log = StepLog(lambda step, values: pytest.fail("written"), first)
+    log.add(2, sums(2.0), 1)
+    both = json.loads(json.dumps(log.unlogged()))
+    log = StepLog(lambda step, values: lines.append((step, values["loss"])), both)
+    log.add(3, sums(6.0), 1)
+    log.end_interval()
+    log.catch_up()
+    assert lines == [(3, (float(np.float32(0.1)) + 8) / 3)]
+    assert log.unlogged() == []
 
 
 def test_a_step_that_is_dispatched_before_a_line_is_written_is_of_the_next_line():

@@ -49,7 +49,7 @@ def samples_of(directory: Path) -> list[dict]:
 
 def test_a_run_leaves_what_its_documentation_says(whole: Result, config: TrainConfig):
     directory = whole.directory
-    names = {"checkpoints", "config.py", "final", "metrics.jsonl", "model"}
+    names = {"checkpoints", "config.py", "final", "lock", "metrics.jsonl", "model"}
     assert {path.name for path in directory.iterdir()} == names | {"samples.jsonl"}
     assert _load_experiment(directory / "config.py") == replace(config, output=None)
     rows = metrics_of(directory)

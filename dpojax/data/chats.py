@@ -11,10 +11,30 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from dpojax.data.bad_records import BadRecord, cut
 from dpojax.data.fields import Record
+from dpojax.data.template_limits import (
+    UnfitTemplate,
+    check_template,
+    limits,
+)
 
 Tokenizer = PreTrainedTokenizerBase
 Turns = Literal["all", "assistant"]
+
+
+# A template is a program, which fails as programs do.
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    jinja2.TemplateError,
+)
 
 
 class Piece(NamedTuple):
@@ -39,17 +59,20 @@ def render(record: Record, tokenizer: Tokenizer, turns: Turns = "all") -> Render
         first in the same way whatever follows.
     """
     if isinstance(record.prompt, str):
-        texts = (str(text) for text in record.completions)
+        texts = [str(text) for text in record.completions]
+        for text in (record.prompt, *texts):
+            check_text(text, record.origin)
         return Rendered(record.prompt, tuple((Piece(text, True),) for text in texts))
-    prompt = render_messages(record, tokenizer, ())
     pieces = _whole_completion if turns == "all" else _assistant_turns
-    return Rendered(
-        prompt,
-        tuple(
-            tuple(pieces(record, tokenizer, prompt, messages))
-            for messages in record.completions
-        ),
-    )
+    with limits():
+        prompt = render_messages(record, tokenizer, ())
+        return Rendered(
+            prompt,
+            tuple(
+                tuple(pieces(record, tokenizer, prompt, messages))
+                for messages in record.completions
+            ),
+        )
 
 
 def render_messages(
@@ -66,19 +89,36 @@ def render_messages(
     assert not isinstance(record.prompt, str)
     if to_be_continued is None:
         to_be_continued = not messages
+    tools: Any = None if record.tools is None else [*record.tools]
     try:
+        check_template(tokenizer.get_chat_template(tools=tools))
         rendered = tokenizer.apply_chat_template(
             [*record.prompt, *messages],
-            tools=None if record.tools is None else [*record.tools],
+            tools=tools,
             add_generation_prompt=to_be_continued,
             tokenize=False,
         )
-    except (ValueError, TypeError, jinja2.TemplateError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
+    except UnfitTemplate:
+        raise
+    except _FAILURES as error:
+        reason = " ".join(cut(str(error)).split())
+        raise BadRecord(
             f"{record.origin}: the tokenizer's chat template fails: {reason}"
         ) from error
+    check_text(str(rendered), record.origin)
     return str(rendered)
+
+
+def check_text(text: str, origin: str) -> None:
+    """Refuses halves of surrogate pairs, which no tokenizer takes.
+
+    Raises:
+      BadRecord: naming the origin.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"{origin} is not text: {error}.") from error
 
 
 def _whole_completion(
@@ -101,7 +141,7 @@ def _assistant_turns(
         after = render_messages(record, tokenizer, messages[: place + 1])
         is_incremental = after.startswith(before) and whole.startswith(after)
         if not is_incremental or len(before) < done:
-            raise ValueError(
+            raise BadRecord(
                 f"{record.origin}: the chat template renders a turn differently once "
                 "others follow, so the assistant's cannot be told apart; use another "
                 "template, or score all turns."
@@ -118,7 +158,7 @@ def _render_after(
 ) -> str:
     whole = render_messages(record, tokenizer, messages)
     if not whole.startswith(prompt):
-        raise ValueError(
+        raise BadRecord(
             f"{record.origin}: the chat template renders the prompt differently once a "
             "completion follows, so the two cannot be told apart; use another template."
         )

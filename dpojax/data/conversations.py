@@ -4,10 +4,10 @@ LLaMA-Factory's sharegpt says {from, value}, its alpaca instruction, input and h
 messages of {role, content} stay as they are. Knows one row, no format as a whole.
 """
 
-import json
 from typing import Any
 
 from dpojax.data import fields
+from dpojax.data.bad_records import BadRecord, shown
 from dpojax.data.fields import Messages, Row, as_turn
 
 _ROLES = {
@@ -26,7 +26,7 @@ def as_messages(value: Any, name: str, origin: str) -> Messages:
     """Messages, whichever way they name their speakers."""
     is_list = isinstance(value, list) and all(isinstance(m, dict) for m in value)
     if not is_list or not value:
-        raise ValueError(f"{origin}: {name} is not a list of one or more messages.")
+        raise BadRecord(f"{origin}: {name} is not a list of one or more messages.")
     return [_as_message(message, name, origin) for message in value]
 
 
@@ -49,7 +49,7 @@ def instruction_turns(row: Row) -> Messages:
         isinstance(said, list) and len(said) == 2 for said in earlier
     )
     if not is_pairs:
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin}: history is not a list of pairs of what was asked and "
             "answered."
         )
@@ -70,9 +70,10 @@ def split_last_turn(
 ) -> tuple[Messages, Messages]:
     """What was said before, and the assistant's last turn."""
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(
+        raise BadRecord(
             f"{origin}: {name} has {len(messages)} messages, the last one by "
-            f"{messages[-1]['role']!r}; it must end with an answer of the assistant."
+            f"{shown(messages[-1]['role'])}; it must end with an answer of the "
+            "assistant."
         )
     return messages[:-1], messages[-1:]
 
@@ -81,10 +82,11 @@ def _as_message(message: dict[str, Any], name: str, origin: str) -> dict[str, An
     if isinstance(message.get("role"), str):
         return message
     speaker, said = message.get("from"), message.get("value")
-    if speaker not in _ROLES or not isinstance(said, str):
-        raise ValueError(
-            f"{origin}: a message of {name} is by {speaker!r}; it must have a string "
-            f"as value and be from one of {', '.join(_ROLES)}, or have a role."
+    is_known = isinstance(speaker, str) and speaker in _ROLES
+    if not is_known or not isinstance(said, str):
+        raise BadRecord(
+            f"{origin}: a message of {name} is by {shown(speaker)}; it must have a "
+            f"string as value and be from one of {', '.join(_ROLES)}, or have a role."
         )
     if speaker == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(said, origin)}
@@ -93,13 +95,8 @@ def _as_message(message: dict[str, Any], name: str, origin: str) -> dict[str, An
 
 def _calls(said: str, origin: str) -> list[dict[str, Any]]:
     """A call, or a list of calls, written as JSON."""
-    try:
-        calls = json.loads(said)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{origin}: a function_call is not JSON: {error.msg}."
-        ) from error
+    calls = fields.parsed(said, "a function_call", origin)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise ValueError(f"{origin}: a function_call names no function to call.")
+        raise BadRecord(f"{origin}: a function_call names no function to call.")
     return [{"type": "function", "function": call} for call in calls]

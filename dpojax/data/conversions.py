@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from dpojax.data.bad_records import BadRecord, BadRecords, usable
 from dpojax.data.fields import Kind, Record
 
 PairsFrom = Literal["best_worst", "all", "rso"]
@@ -40,6 +41,7 @@ def as_kind(
     num_accepted: int = NUM_ACCEPTED,
     seed: int = 0,
     needs_scores: bool = False,
+    bad: BadRecords | None = None,
 ) -> tuple[list[Record], ConversionCounts]:
     """Makes all records of one kind.
 
@@ -59,6 +61,8 @@ def as_kind(
       num_accepted: the most completions of a record that ``rso`` accepts.
       seed: of the draws of ``rso``.
       needs_scores: whether pairs must have scores, the chosen one's larger.
+      bad: where records that cannot be of that kind are noted, which are left out;
+        None: the first one stops.
 
     Returns:
       The records, in order, and the counts of what was left out.
@@ -78,6 +82,7 @@ def as_kind(
         num_accepted=num_accepted,
         seed=seed,
         needs_scores=needs_scores,
+        bad=bad,
     )
     return list(conversion), conversion.counts
 
@@ -98,6 +103,7 @@ class Conversion:
         num_accepted: int = NUM_ACCEPTED,
         seed: int = 0,
         needs_scores: bool = False,
+        bad: BadRecords | None = None,
     ):
         """Takes what `as_kind` takes, and goes through no record yet."""
         _check(pairs_from, beta, num_accepted)
@@ -105,13 +111,14 @@ class Conversion:
         self._kind: Kind = kind
         self._pairs_from: PairsFrom = pairs_from
         self._beta, self._num_accepted, self._seed = beta, num_accepted, seed
-        self._needs_scores = needs_scores
+        self._needs_scores, self._bad = needs_scores, bad
         self._tally: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Record]:
         """Goes through the records; raises what `as_kind` raises."""
         self._tally.clear()
-        for index, record in enumerate(self._records):
+        records = usable(self._checked, self._records, self._bad)
+        for index, record in enumerate(records):
             self._tally["read"] += 1
             for converted in self._convert(index, record):
                 self._tally["records"] += 1
@@ -123,6 +130,21 @@ class Conversion:
         """What became of the records so far."""
         return ConversionCounts(*(self._tally[n] for n in ConversionCounts._fields))
 
+    def _checked(self, record: Record) -> Record:
+        """The record, if it can be of that kind."""
+        if (record.kind, self._kind) in _REFUSALS:
+            raise BadRecord(
+                f"{record.origin} is {record.kind!r} and {self._kind!r} is needed; "
+                f"{_REFUSALS[record.kind, self._kind]}."
+            )
+        if self._kind == "pair" and self._needs_scores and record.scores is None:
+            raise BadRecord(
+                f"{record.origin} is a pair without scores, which this loss needs; "
+                "give a margin or the scores of chosen and rejected, or use another "
+                "loss."
+            )
+        return record
+
     def _convert(self, index: int, record: Record) -> list[Record]:
         kind, tally = self._kind, self._tally
         if record.kind == "ranked" and kind == "pair":
@@ -130,7 +152,6 @@ class Conversion:
             random = np.random.default_rng((self._seed, index))
             converted = list(self._pairs(record, random))
         else:
-            _check_kind(record, kind)
             converted = _CONVERSIONS[record.kind, kind](record)
         if not converted:
             is_ranked = record.kind == "ranked"
@@ -211,14 +232,6 @@ def _check(pairs_from: PairsFrom, beta: float, num_accepted: int) -> None:
         )
 
 
-def _check_kind(record: Record, kind: Kind) -> None:
-    if (record.kind, kind) in _REFUSALS:
-        raise ValueError(
-            f"{record.origin} is {record.kind!r} and {kind!r} is needed; "
-            f"{_REFUSALS[record.kind, kind]}."
-        )
-
-
 def _choose_pairs(
     record: Record,
     pairs_from: PairsFrom,
@@ -256,11 +269,7 @@ def _as_pairs(
 
 
 def _is_ordered(pair: Record) -> bool:
-    if pair.scores is None:
-        raise ValueError(
-            f"{pair.origin} is a pair without scores, which this loss needs; give a "
-            "margin or the scores of chosen and rejected, or use another loss."
-        )
+    assert pair.scores is not None
     return pair.scores[0] > pair.scores[1]
 
 

@@ -7,16 +7,19 @@ of, is `dpojax.data.tokenize`'s concern.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
+from dpojax.data.bad_records import cut
 from dpojax.data.chats import Tokenizer
 
 T = TypeVar("T")
 Ids = list[list[int]]  # of each text
 
+MISFIT = "The tokenizer fails, so its files do not fit each other"
 _WINDOW = 1_024  # items that are taken together: enough for all cores, few in memory
 
 
@@ -24,6 +27,11 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Ids:
     """The token ids of texts, however long these are."""
     if not texts:
         return []
+    with refusing_failure(MISFIT):
+        return _encode(tokenizer, texts)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> Ids:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         # verbose=False: a text longer than the model's own limit is dealt with later.
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -35,6 +43,23 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Ids:
     backend.encode_special_tokens = tokenizer.split_special_tokens
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
+
+
+@contextmanager
+def refusing_failure(what: str) -> Iterator[None]:
+    """Says what it is, whichever way two libraries fail on files of strangers.
+
+    The tokenizers library raises bare Exceptions, and others where its Rust panics;
+    transformers whatever a value of a wrong kind leads to.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if not is_panic and not isinstance(error, Exception):
+            raise
+        reason = " ".join(cut(str(error)).split())
+        raise ValueError(f"{what}: {reason}") from error
 
 
 def encode_ahead(

@@ -5,13 +5,18 @@ which columns belong together, and no tokenizer: text and messages stay as they 
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
+from dpojax.data.bad_records import BadRecord, shown
+
 Messages = list[dict[str, Any]]
 Text = str | Messages
+# Of 32 bits, in which scores and weights are computed with.
+LARGEST = 3.4e38
+SMALLEST = 1e-37
+_DEEPEST = 100  # lists and objects in one another; schemas of tools have ten
 Kind = Literal["single", "pair", "judged", "ranked"]
 
 
@@ -59,13 +64,13 @@ def make_record(
         said = tuple(as_turn(text, "assistant") for text in completions)
         prompt, completions = _with_system(as_turn(prompt, "user"), row), said
     if len({type(text) for text in (prompt, *completions)}) > 1:
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin} mixes strings and chat messages; use one form for all "
             "fields."
         )
     tools = _tools(row)
     if tools and isinstance(prompt, str):
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin} has tools, which only a chat template can show, and its "
             "prompt is a string; give messages or leave the tools out."
         )
@@ -104,7 +109,7 @@ def checked_text(value: Any, name: str, origin: str) -> Text:
         for message in value
     )
     if not is_chat:
-        raise ValueError(
+        raise BadRecord(
             f"{origin}: {name} is neither a string nor a list of messages with a role."
         )
     return value
@@ -114,7 +119,7 @@ def checked_completion(value: Any, name: str, origin: str) -> Text:
     """The value, if it is a string or messages in which something is said."""
     checked = checked_text(value, name, origin)
     if is_blank(checked):
-        raise ValueError(
+        raise BadRecord(
             f"{origin}: {name} is empty; give a completion or remove the record."
         )
     return checked
@@ -138,8 +143,34 @@ def string(row: Row, column: str) -> str:
 def checked_string(value: Any, name: str, origin: str) -> str:
     """The value, if it is a string."""
     if not isinstance(value, str):
-        raise ValueError(f"{origin}: {name} is not a string.")
+        raise BadRecord(f"{origin}: {name} is not a string.")
     return value
+
+
+def parsed(text: str, name: str, origin: str) -> Any:
+    """What a string holds as JSON."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"{origin}: {name} is not JSON: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(
+            f"{origin}: {name} is too deep, or holds a number of too many digits."
+        ) from error
+    check_depth(value, f"{origin}: {name}")
+    return value
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Refuses what is nested so deeply that whoever looks into it may not come out."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        lists = [inside for inside in level if isinstance(inside, list)]
+        lists += [inside.values() for inside in level if isinstance(inside, dict)]
+        level = [value for inside in lists for value in inside]
+        if not level:
+            return
+    raise BadRecord(f"{where} is nested more than {_DEEPEST} levels deep.")
 
 
 def optional_string(row: Row, column: str) -> str:
@@ -150,9 +181,9 @@ def optional_string(row: Row, column: str) -> str:
 def checked_list(value: Any, name: str, origin: str) -> list[Any]:
     """The value, if it is a list of two or more, which can be ranked."""
     if not isinstance(value, list):
-        raise ValueError(f"{origin}: {name} is not a list.")
+        raise BadRecord(f"{origin}: {name} is not a list.")
     if len(value) < 2:
-        raise ValueError(
+        raise BadRecord(
             f"{origin}: {name} has {len(value)} completions, and a ranking needs "
             "two or more; give more or remove the record."
         )
@@ -160,10 +191,12 @@ def checked_list(value: Any, name: str, origin: str) -> list[Any]:
 
 
 def checked_number(value: Any, name: str, origin: str) -> float:
-    """The value, if it is a finite number."""
+    """The value, if it is a number that is finite in 32 bits too."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise ValueError(f"{origin}: {name} is {value!r}; it must be a finite number.")
+    if not is_number or not abs(value) <= LARGEST:
+        raise BadRecord(
+            f"{origin}: {name} is {shown(value)}; it must be a finite number."
+        )
     return float(value)
 
 
@@ -172,7 +205,7 @@ def numbers(row: Row, column: str, count: int) -> list[float]:
     values = row.values[column]
     if not isinstance(values, list) or len(values) != count:
         given = len(values) if isinstance(values, list) else "no list"
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin}: {column} has {given} for {count} completions; give one "
             "number for each."
         )
@@ -183,9 +216,9 @@ def flag(row: Row, column: str, when_true: str, when_false: str) -> bool:
     """True or false, which may be written as 1 or 0."""
     value = row.values[column]
     if not isinstance(value, bool | int | float) or value not in (0, 1):
-        raise ValueError(
-            f"{row.origin}: {column} is {value!r}; it must be true or 1 {when_true}, "
-            f"false or 0 {when_false}."
+        raise BadRecord(
+            f"{row.origin}: {column} is {shown(value)}; it must be true or 1 "
+            f"{when_true}, false or 0 {when_false}."
         )
     return bool(value)
 
@@ -229,7 +262,7 @@ def _with_system(prompt: Messages, row: Row) -> Messages:
     if prompt and prompt[0]["role"] == "system":
         if prompt[0].get("content") == system:
             return prompt
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin} has a system column and another system message; keep one."
         )
     return [message, *prompt]
@@ -240,8 +273,8 @@ def _weight(row: Row) -> float:
     if value is None:
         return 1.0
     weight = checked_number(value, "weight", row.origin)
-    if weight <= 0:
-        raise ValueError(
+    if weight < SMALLEST:
+        raise BadRecord(
             f"{row.origin}: weight is {weight:g}; it must be positive, so remove the "
             "record if it is not to count."
         )
@@ -251,16 +284,11 @@ def _weight(row: Row) -> float:
 def _tools(row: Row) -> list[dict[str, Any]] | None:
     tools = row.values.get("tools")
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{row.origin}: tools is not JSON: {error.msg}."
-            ) from error
+        tools = parsed(tools, "tools", row.origin)
     if not tools or isinstance(tools, str):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin}: tools is neither a list of schemas nor JSON of one."
         )
     return [_without_nulls(tool) for tool in tools]

@@ -12,9 +12,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
+from dpojax.data.bad_records import BadRecord
 from dpojax.data.fields import Row
+
+# Characters. Decompressed, a small file can be one line that fills the memory.
+_LONGEST_LINE = 2**28
 
 
 class Rows(Protocol):
@@ -29,8 +33,15 @@ class Rows(Protocol):
         """How many there are."""
         ...
 
-    def read(self, places: Iterable[int]) -> Iterator[Row]:
-        """The rows in these places, which ascend."""
+    def read(
+        self, places: Iterable[int], all_checked: bool
+    ) -> Iterator[Row | BadRecord]:
+        """The rows in these places, which ascend, and what is none.
+
+        Args:
+          places: of rows.
+          all_checked: whether what is no row is refused wherever it is.
+        """
         ...
 
 
@@ -43,6 +54,17 @@ def read_splits(source: str) -> dict[str | None, Rows]:
     from dpojax.data.saved_datasets import load_dataset
 
     return {**load_dataset(source)}
+
+
+def checked_row(row: Row | BadRecord) -> Row:
+    """The row, if it is one.
+
+    Raises:
+      BadRecord: what it is instead.
+    """
+    if isinstance(row, BadRecord):
+        raise row
+    return row
 
 
 class JsonLines:
@@ -60,16 +82,20 @@ class JsonLines:
         """How many lines are not blank."""
         return self._count
 
-    def read(self, places: Iterable[int]) -> Iterator[Row]:
-        """The rows in these places, which ascend; the other lines are checked too.
+    def read(
+        self, places: Iterable[int], all_checked: bool
+    ) -> Iterator[Row | BadRecord]:
+        """The rows in these places, which ascend, and what is none.
 
         Raises:
-          ValueError: naming the line, for one that is no JSON object.
+          BadRecord: naming a line that is no row, if all are checked.
         """
         wanted = iter(places)
         place = next(wanted, None)
         for index, (number, line) in enumerate(self._lines()):
             row = _parse(line, f"{self.files[0]}, line {number}")
+            if all_checked:
+                checked_row(row)
             if index == place:
                 yield row
                 place = next(wanted, None)
@@ -79,28 +105,49 @@ class JsonLines:
         opener = gzip.open if path.suffix == ".gz" else open
         number = 0
         try:
-            with opener(path, "rt", encoding="utf-8") as file:
-                for number, line in enumerate(file, start=1):
+            # What is no UTF-8 becomes halves of surrogate pairs, which are found later.
+            with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
+                for number, line in enumerate(_lines(file, path), start=1):
                     if line.strip():
                         yield number, line
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(
                 f"{path} cannot be read after line {number}: {error}."
             ) from error
 
 
-def _parse(line: str, origin: str) -> Row:
+def _lines(file: IO[str], path: Path) -> Iterator[str]:
+    number = 0
+    while line := file.readline(_LONGEST_LINE):
+        number += 1
+        if len(line) == _LONGEST_LINE:
+            raise ValueError(
+                f"{path}, line {number} has {_LONGEST_LINE:,} characters or more; "
+                "JSON Lines hold one record a line, so give them on lines of their own."
+            )
+        yield line
+
+
+def _parse(line: str, origin: str) -> Row | BadRecord:
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        return BadRecord(f"{origin} is not text in utf-8.")
     try:
         row = json.loads(line)
         if "\\ud" in line.lower():
             # No tokenizer takes half of a surrogate pair.
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{origin} is not text: {error}.") from error
+        return BadRecord(f"{origin} is not text: {error}.")
     except json.JSONDecodeError as error:
-        raise ValueError(f"{origin} is not JSON: {error.msg}.") from error
+        return BadRecord(f"{origin} is not JSON: {error.msg}.")
+    except RecursionError:
+        return BadRecord(f"{origin} is nested too deeply to be a record.")
+    except ValueError:
+        return BadRecord(f"{origin} holds a number of too many digits.")
     if not isinstance(row, dict):
-        raise ValueError(
+        return BadRecord(
             f"{origin} is not a JSON object with a prompt and completions."
         )
     return Row(row, origin)

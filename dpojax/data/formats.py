@@ -8,9 +8,11 @@ reads. Whoever wants them as plain text maps the columns. This file opens no fil
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from itertools import islice
 from typing import NamedTuple
 
 from dpojax.data import fields, readers
+from dpojax.data.bad_records import BadRecord, listed
 from dpojax.data.fields import SCORE_COLUMNS, Record, Row
 
 
@@ -30,11 +32,12 @@ def as_record(row: Row) -> Record:
       ValueError: naming the origin, for a row of no format or with values that its
         format does not allow.
     """
+    fields.check_depth(row.values, row.origin)
     for format in FORMATS:
         if all(column in row.values for column in format.columns):
             _check_prompt(row, format)
             return format.read(row)
-    raise ValueError(_unrecognised(row))
+    raise BadRecord(_unrecognised(row))
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
@@ -47,7 +50,7 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
                 "mapped to it."
             )
         if theirs not in row.values:
-            raise ValueError(_missing(row, theirs))
+            raise BadRecord(_missing(row, theirs))
     taken = {*columns.values()}
     values = {name: row.values[name] for name in row.values if name not in taken}
     values |= {ours: row.values[theirs] for ours, theirs in columns.items()}
@@ -55,7 +58,7 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def _unrecognised(row: Row) -> str:
-    names = [str(name) for name in row.values]
+    names = _names(row)
 
     def likeness(format: Format) -> float:
         here = sum(column in names for column in format.columns)
@@ -72,12 +75,12 @@ def _unrecognised(row: Row) -> str:
 
 
 def _missing(row: Row, column: str, format: Format | None = None) -> str:
-    names = [str(name) for name in row.values]
+    names = _names(row)
     hint = fields.nearest_hint(column, names)
     if format and not hint:
         wanted = ", ".join(format.columns)
         hint = f", and the nearest format, {format.name}, needs {wanted}"
-    found = ", ".join(names) or "nothing"
+    found = listed(row.values) or "nothing"
     return f"{row.origin} has no {column!r}; it has {found}{hint}."
 
 
@@ -85,9 +88,13 @@ def _check_prompt(row: Row, format: Format) -> None:
     """Refuses a misspelt prompt: without one the completions would be cut instead."""
     if format.columns != ("chosen", "rejected"):
         return
-    names = [str(name) for name in row.values]
-    if get_close_matches("prompt", names, n=1, cutoff=0.82):  # not "prompt_id"
-        raise ValueError(_missing(row, "prompt"))
+    if get_close_matches("prompt", _names(row), n=1, cutoff=0.82):  # not "prompt_id"
+        raise BadRecord(_missing(row, "prompt"))
+
+
+def _names(row: Row) -> list[str]:
+    """Of columns, as many as are worth comparing."""
+    return [str(name) for name in islice(row.values, 100)]
 
 
 _SCORES = ("margin", *(name for names in SCORE_COLUMNS for name in names))

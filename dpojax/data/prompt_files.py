@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dpojax.data import fields
+from dpojax.data.bad_records import listed
 from dpojax.data.fields import Row, Text, make_record
-from dpojax.data.files import read_splits
+from dpojax.data.files import checked_row, read_splits
 
 _JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
@@ -35,17 +36,17 @@ def read_prompts(name: str) -> list[Text]:
 
 def _of_rows(name: str) -> Iterator[Text]:
     rows = read_splits(name)[None]
-    for row in rows.read(range(len(rows))):
-        yield _of_row(row)
+    for row in rows.read(range(len(rows)), all_checked=False):
+        yield _of_row(checked_row(row))
 
 
 def _of_row(row: Row) -> Text:
     if "prompt" not in row.values:
-        names = list(row.values)
-        hint = fields.nearest_hint("prompt", names)
+        hint = fields.nearest_hint("prompt", list(row.values))
         raise ValueError(
-            f"{row.origin} has no 'prompt'; it has {', '.join(names)}{hint}."
+            f"{row.origin} has no 'prompt'; it has {listed(row.values)}{hint}."
         )
+    fields.check_depth(row.values, row.origin)
     record = make_record(row, fields.text(row, "prompt"), ())
     if record.tools:
         raise ValueError(

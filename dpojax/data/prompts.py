@@ -5,6 +5,7 @@ Knows two texts or two conversations, and neither columns nor tokens.
 
 from os.path import commonprefix
 
+from dpojax.data.bad_records import BadRecord
 from dpojax.data.fields import Messages, Text, is_blank
 
 # How the transcripts of HH write an assistant's turn.
@@ -28,12 +29,12 @@ def split_shared(
         end = _end_of_shared_text(chosen, rejected)
         return chosen[:end], (chosen[end:], rejected[end:])
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise ValueError(
+        raise BadRecord(
             f"{origin} mixes strings and chat messages; use one form for all fields."
         )
     end = _end_of_shared_messages(chosen, rejected)
     if end == 0:
-        raise ValueError(
+        raise BadRecord(
             f"{origin}: chosen and rejected share no message before an assistant's "
             "turn, so there is no prompt; give one in a column of its own."
         )

@@ -4,10 +4,12 @@ One function for each format of `dpojax.data.formats`, which says which columns 
 has; here they are there.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpojax.data import fields
+from dpojax.data.bad_records import BadRecord
 from dpojax.data.conversations import (
     as_messages,
     instruction_turns,
@@ -16,6 +18,8 @@ from dpojax.data.conversations import (
 )
 from dpojax.data.fields import Record, Row, Text, make_record
 from dpojax.data.prompts import split_after, split_shared
+
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 
 # -- Pairs -------------------------------------------------------------------------
 
@@ -144,7 +148,7 @@ def ultrafeedback(row: Row) -> Record:
     given = fields.checked_list(row.values[name], name, row.origin)
     answers = [_entry(answer, name, "response", row) for answer in given]
     turns = [fields.as_turn(answer["response"], "assistant") for answer in answers]
-    ratings = [_ratings(answer) for answer in answers]
+    ratings = [_ratings(answer, row) for answer in answers]
     # The four ratings before the overall score: some of its 10s were meant as 1.
     if all(ratings):
         scores = [sum(some) / len(some) for some in ratings]
@@ -159,11 +163,18 @@ def ultrafeedback(row: Row) -> Record:
     return _ranked(row, prompt, turns, scores)
 
 
-def _ratings(answer: Mapping[str, Any]) -> list[float]:
+def _ratings(answer: Mapping[str, Any], row: Row) -> list[float]:
     """The ratings that were given; "N/A" is none."""
-    aspects = (answer.get("annotations") or {}).values()
+    annotations = answer.get("annotations") or {}
+    aspects = list(annotations.values()) if isinstance(annotations, dict) else [1]
+    if not all(isinstance(aspect or {}, dict) for aspect in aspects):
+        raise BadRecord(
+            f"{row.origin}: annotations of one of completions are not an object of "
+            "objects, each with a Rating."
+        )
     given = [str((aspect or {}).get("Rating")) for aspect in aspects]
-    return [float(rating) for rating in given if rating.replace(".", "", 1).isdigit()]
+    ratings = [float(rating) for rating in given if _NUMBER.fullmatch(rating)]
+    return [fields.checked_number(rating, "Rating", row.origin) for rating in ratings]
 
 
 def nectar(row: Row) -> Record:
@@ -180,7 +191,7 @@ def nectar(row: Row) -> Record:
 
 def _entry(entry: Any, name: str, key: str, row: Row) -> Mapping[str, Any]:
     if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin}: one of {name} is not an object with {key!r} as a string."
         )
     return entry
@@ -202,7 +213,7 @@ def alpaca(row: Row) -> Record:
         return alpaca_answer(row)
     is_pair = len(output) == 2 and all(isinstance(text, str) for text in output)
     if not is_pair:
-        raise ValueError(
+        raise BadRecord(
             f"{row.origin}: output is neither a string nor a list of two, the better "
             "one first."
         )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 
+from dpojax.data.bad_records import BadRecords
 from dpojax.data.conversions import (
     NUM_ACCEPTED,
     REJECTION_BETA,
@@ -35,6 +36,7 @@ def load_records(
     num_accepted: int = NUM_ACCEPTED,
     seed: int = 0,
     needs_scores: bool = False,
+    bad: BadRecords | None = None,
 ) -> tuple[list[Record], ConversionCounts]:
     """Reads one split of several data sets, mixes them and makes them of one kind.
 
@@ -51,6 +53,7 @@ def load_records(
       num_accepted: the most completions of a record that ``rso`` accepts.
       seed: of the draws of ``rso``.
       needs_scores: whether pairs must have scores, the chosen one's larger.
+      bad: where bad records are noted, which are left out; None: the first one stops.
 
     Returns:
       The records, source by source, and the counts of what was left out.
@@ -67,6 +70,7 @@ def load_records(
                 columns=columns,
                 test_size=test_size,
                 max_examples=max_examples,
+                bad=bad,
             )
         ),
         kind,
@@ -75,6 +79,7 @@ def load_records(
         num_accepted=num_accepted,
         seed=seed,
         needs_scores=needs_scores,
+        bad=bad,
     )
     return list(conversion), conversion.counts
 
@@ -87,6 +92,7 @@ def select_records(
     columns: Mapping[str, str] | None = None,
     test_size: float = 0.05,
     max_examples: int | None = None,
+    bad: BadRecords | None = None,
 ) -> list[Selection]:
     """One split of several data sets, none of whose rows is read yet.
 
@@ -98,6 +104,7 @@ def select_records(
         columns=columns,
         test_size=test_size,
         max_examples=max_examples,
+        bad=bad,
     )
     return [
         selected(source).weigh(weight)
@@ -112,6 +119,7 @@ def read_records(
     columns: Mapping[str, str] | None = None,
     test_size: float = 0.05,
     max_examples: int | None = None,
+    bad: BadRecords | None = None,
 ) -> list[Record]:
     """Reads one split of a data set.
 
@@ -125,6 +133,8 @@ def read_records(
       columns: for a column's name in `dpojax.data.formats` its name in the data.
       test_size: what is cut off as the test split: a share below 1, else a number.
       max_examples: keep this many, chosen at random, before anything is cut off.
+      bad: as `load_records` takes it. What is left out was cut off and chosen like any
+        other, so that the others do not depend on it.
 
     Returns:
       The records, in the order of the data, each of the kind that its columns say.
@@ -140,6 +150,7 @@ def read_records(
             columns=columns,
             test_size=test_size,
             max_examples=max_examples,
+            bad=bad,
         )
     )
 

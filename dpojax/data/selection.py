@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dpojax.data.fields import Record
-from dpojax.data.files import Rows, read_splits
+from dpojax.data.bad_records import BadRecord, BadRecords, usable
+from dpojax.data.fields import Record, Row
+from dpojax.data.files import Rows, checked_row, read_splits
 from dpojax.data.formats import as_record, rename_columns
 from dpojax.data.order import Places
 
@@ -20,19 +21,30 @@ from dpojax.data.order import Places
 # passes are gone through one after another.
 Choose = Callable[[int], list[Places]]
 
+_MOST_TIMES = 1000  # that a record is repeated
+
 
 class Selection:
     """Records of a data set, each made when it is its turn."""
 
-    def __init__(self, rows: Rows, choose: Choose, columns: Mapping[str, str]):
+    def __init__(
+        self,
+        rows: Rows,
+        choose: Choose,
+        columns: Mapping[str, str],
+        bad: BadRecords | None,
+    ):
         """Reads nothing yet.
 
         Args:
           rows: of the data set.
           choose: which of the rows.
           columns: for a column's name in `dpojax.data.formats` its name in the data.
+          bad: where bad records are noted; None: the first one stops, and what is no
+            row stops wherever it is.
         """
-        self._rows, self._choose, self._columns = rows, choose, columns
+        self._rows, self._choose = rows, choose
+        self._columns, self._bad = columns, bad
 
     @property
     def files(self) -> list[Path]:
@@ -46,7 +58,7 @@ class Selection:
             (places,) = self._choose(num_rows)
             return [places[chosen] for chosen in weigh_places(len(places), weight)]
 
-        return Selection(self._rows, choose, self._columns)
+        return Selection(self._rows, choose, self._columns, self._bad)
 
     def __len__(self) -> int:
         """How many records there are."""
@@ -58,9 +70,15 @@ class Selection:
         Raises:
           ValueError: naming the line or the row of which no record can be made.
         """
+        bad = self._bad
+        if bad is not None:  # of several passes, the largest has all rows of the others
+            bad.count(max(map(len, self._passes)))
         for places in self._passes:
-            for row in self._rows.read(places.tolist()):
-                yield as_record(rename_columns(row, self._columns))
+            rows = self._rows.read(places.tolist(), all_checked=bad is None)
+            yield from usable(self._record, rows, bad)
+
+    def _record(self, row: Row | BadRecord) -> Record:
+        return as_record(rename_columns(checked_row(row), self._columns))
 
     @cached_property
     def _passes(self) -> list[Places]:
@@ -74,10 +92,13 @@ def select(
     columns: Mapping[str, str] | None = None,
     test_size: float = 0.05,
     max_examples: int | None = None,
+    bad: BadRecords | None = None,
 ) -> Selection:
     """The records of a split, as `dpojax.data.records.read_records` describes them."""
-    if test_size < 0:
-        raise ValueError(f"test_size is {test_size}; it must not be negative.")
+    if not 0 <= test_size < math.inf:
+        raise ValueError(
+            f"test_size is {test_size}; it must not be negative, but a number."
+        )
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples is {max_examples}; it must be positive.")
     splits = read_splits(source)
@@ -106,7 +127,7 @@ def select(
         return [places]
 
     rows = splits[split] if whole else next(iter(splits.values()))
-    return Selection(rows, choose, columns or {})
+    return Selection(rows, choose, columns or {}, bad)
 
 
 def weigh_places(count: int, weight: float) -> list[Places]:
@@ -120,8 +141,11 @@ def weigh_places(count: int, weight: float) -> list[Places]:
     Raises:
       ValueError: if `weight` is not positive, or so small that no record is left.
     """
-    if not 0 < weight < math.inf:
-        raise ValueError(f"A data set's weight is {weight}; it must be positive.")
+    if not 0 < weight <= _MOST_TIMES:
+        raise ValueError(
+            f"A data set's weight is {weight}; it must be positive, and at most "
+            f"{_MOST_TIMES}."
+        )
     times, share = divmod(weight, 1)
     more = np.sort(_shuffled(count)[: round(share * count)])
     if not times and not len(more):

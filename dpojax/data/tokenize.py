@@ -8,7 +8,6 @@ with EOS once. Rows and batches are not this file's concern.
 
 import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,21 +21,24 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dpojax.data.bad_records import BadRecords, usable
 from dpojax.data.chats import (
     Piece,
     Rendered,
     Tokenizer,
     Turns,
+    check_text,
     render,
-    render_messages,
 )
 from dpojax.data.conversions import ConversionCounts
-from dpojax.data.encode import encode, encode_ahead
+from dpojax.data.encode import MISFIT, encode, encode_ahead, refusing_failure
 from dpojax.data.fields import Record, Text
 from dpojax.data.flat_examples import ExampleWriter, FlatExamples
 from dpojax.data.packing import Example
-from dpojax.data.tokenizer_files import check_files
+from dpojax.data.tokenizer_files import check_files, check_templates
 
+# Characters. Decompressed, a small file can fill the memory.
+_LARGEST_FILE = 2**28
 TooLong = Literal["truncate", "drop"]
 
 
@@ -72,7 +74,7 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
     """
     path = Path(source)
     check_files(path)
-    try:
+    with refusing_failure(f"No tokenizer can be read from {source}"):
         if path.is_file():
             tokenizer = _load_file(path)
         else:
@@ -80,9 +82,7 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
             tokenizer = AutoTokenizer.from_pretrained(
                 str(source), trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"No tokenizer can be read from {source}: {reason}") from error
+    check_templates(tokenizer.chat_template, source)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ValueError(f"The tokenizer {source} has no token {eos_token!r}.")
@@ -102,6 +102,7 @@ def tokenize_records(
     max_length: int = 1024,
     too_long: TooLong = "truncate",
     turns: Turns = "all",
+    bad: BadRecords | None = None,
     writer: ExampleWriter | None = None,
 ) -> tuple[FlatExamples, Counts]:
     """Tokenises records, a few at a time.
@@ -117,6 +118,8 @@ def tokenize_records(
       max_length: most tokens of a prompt and one completion, EOS included.
       too_long: whether to cut or to drop what exceeds it.
       turns: whether every turn of a chat's completion is scored, or the assistant's.
+      bad: where records whose chat template fails are noted, which are left out; None:
+        the first one stops.
       writer: collects the examples; by default in memory.
 
     Returns:
@@ -131,9 +134,13 @@ def tokenize_records(
     tally: Counter[str] = Counter()
     writer = ExampleWriter() if writer is None else writer
     ends = _ends(tokenizer)
-    for record, ids in _encode(records, tokenizer, ends, turns):
-        tally["records"] += 1
+
+    def rendered(record: Record) -> tuple[Record, Rendered]:
         tally["chats"] += not isinstance(record.prompt, str)
+        return record, render(record, tokenizer, turns)
+
+    for record, ids in _encode(usable(rendered, records, bad), tokenizer, ends):
+        tally["records"] += 1
         if ids.length > max_length:
             if too_long == "drop":
                 tally["dropped_too_long"] += 1
@@ -167,8 +174,9 @@ def encode_prompt(prompt: Text, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a prompt to be continued, as in training."""
     ends = _ends(tokenizer)
     if isinstance(prompt, str):
+        check_text(prompt, "The prompt")
         return _with_bos(encode(tokenizer, [prompt])[0], ends, ends.adds_bos)
-    text = render_messages(Record(prompt, (), "The prompt"), tokenizer, ())
+    text = render(Record(prompt, (), "The prompt"), tokenizer).prompt
     return _with_bos(encode(tokenizer, [text])[0], ends, False)
 
 
@@ -185,7 +193,9 @@ def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int, model: str) -> 
 def _load_file(path: Path) -> Tokenizer:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
-        text = file.read()
+        text = file.read(_LARGEST_FILE)
+    if len(text) == _LARGEST_FILE:
+        raise ValueError(f"it has {_LARGEST_FILE:,} characters or more")
     content = json.loads(text)
     # A vocabulary may hold "model" as well: GPT-2's does, and its value is an id.
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -217,9 +227,8 @@ class _Ids(NamedTuple):
 
 
 def _encode(
-    records: Iterable[Record], tokenizer: Tokenizer, ends: _Ends, turns: Turns
+    rendered: Iterable[tuple[Record, Rendered]], tokenizer: Tokenizer, ends: _Ends
 ) -> Iterator[tuple[Record, _Ids]]:
-    rendered = ((record, render(record, tokenizer, turns)) for record in records)
     for (record, texts), ids in encode_ahead(tokenizer, rendered, _texts):
         adds_bos = ends.adds_bos and isinstance(record.prompt, str)
         prompt = _with_bos(ids[0], ends, adds_bos)
@@ -291,7 +300,8 @@ def _with_bos(ids: list[int], ends: _Ends, adds_bos: bool) -> list[int]:
 def _ends(tokenizer: Tokenizer) -> _Ends:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert isinstance(eos, int) and (bos is None or isinstance(bos, int))
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    with refusing_failure(MISFIT):
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return _Ends(bos, eos, adds_bos)
 
 

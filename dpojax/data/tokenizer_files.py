@@ -17,20 +17,84 @@ def check_files(directory: Path) -> None:
     Raises:
       ValueError: naming the file and what is wrong with it.
     """
+    _check_links(directory)
     config, tokenizer = (
         directory / "tokenizer_config.json",
         directory / "tokenizer.json",
     )
+    for path in (config, tokenizer):
+        if path.exists() and not path.is_file():
+            raise _damaged(path, "is no file")
     if config.is_file():
-        _read_object(config)
+        _check_names(config, _read_object(config))
     if tokenizer.is_file():
         _check_tokenizer(tokenizer, _read_object(tokenizer))
+
+
+def check_templates(templates: object, source: str | Path) -> None:
+    """Refuses chat templates that are no text, or whose names lead elsewhere.
+
+    Each is written to a file of its name, wherever the tokenizer is saved.
+
+    Raises:
+      ValueError: naming the tokenizer.
+    """
+    by_name = {"default": templates} if isinstance(templates, str) else templates
+    if by_name is None:
+        return
+    if not isinstance(by_name, dict) or not all(
+        is_plain(name) and isinstance(text, str) for name, text in by_name.items()
+    ):
+        raise ValueError(
+            f"The tokenizer {source} has chat templates that are not texts with plain "
+            "names; set chat_template in its tokenizer_config.json to a text."
+        )
+
+
+def is_plain(name: object) -> bool:
+    """Whether it is a name in a directory, which leads nowhere else."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(character in name for character in "/\\\0")
+    )
+
+
+def _check_links(directory: Path) -> None:
+    """Refuses links by which a file of somewhere else would be taken for a tokenizer's.
+
+    What transformers reads it also writes beside the trained model. The hub's cache is
+    made of links: there, files of a model's snapshots are links into its own blobs.
+    """
+    if not directory.is_dir():
+        return
+    inside = [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        inside.append(directory.resolve().parents[1] / "blobs")
+    # Weights are read as numbers or not at all, and often linked to save space.
+    patterns = ("*.json", "*.jinja", "*.txt", "*.model", "*/*.jinja")
+    for path in (path for pattern in patterns for path in directory.glob(pattern)):
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in inside):
+            raise ValueError(
+                f"{path} is a link to {target}, out of its directory; put the file "
+                "itself there if it belongs to the model."
+            )
+
+
+def _check_names(path: Path, config: dict[str, Any]) -> None:
+    files = config.get("fast_tokenizer_files", [])
+    if not isinstance(files, list) or not all(map(is_plain, files)):
+        raise ValueError(
+            f"{path} has fast_tokenizer_files that are not names of files beside it; "
+            "remove the entry."
+        )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise _damaged(path, "is not a JSON object")

@@ -14,7 +14,7 @@ from dpojax.models.rope_settings import (
     check_factors,
     read_rope,
 )
-from dpojax.models.setting_kinds import check_division, check_kinds
+from dpojax.models.setting_kinds import check_division, check_kinds, shown
 from dpojax.models.shape import DecoderConfig
 
 # Keys that do not change what the decoder computes from token ids.
@@ -174,7 +174,8 @@ def family_of(settings: Mapping[str, Any]) -> Family:
     name = settings.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
-            f"config.json has model_type {name!r}; supported: {', '.join(FAMILIES)}."
+            f"config.json has model_type {shown(name)}; supported: "
+            f"{', '.join(FAMILIES)}."
         )
     return FAMILIES[name]
 
@@ -205,8 +206,8 @@ def _head(settings: Mapping[str, Any], family: Family) -> Head:
     architectures = settings.get("architectures") or [next(iter(heads))]
     if len(architectures) != 1 or architectures[0] not in heads:
         raise ValueError(
-            f"config.json has architectures {architectures}; dpojax reads one of "
-            f"{', '.join(heads)}: a causal language model or a reward model."
+            f"config.json has architectures {shown(architectures)}; dpojax reads one "
+            f"of {', '.join(heads)}: a causal language model or a reward model."
         )
     head = heads[architectures[0]]
     if head == "score" and _num_labels(settings) != 1:
@@ -231,11 +232,11 @@ def _refuse_unsupported(settings: Mapping[str, Any], family: Family) -> None:
             continue
         if key not in only:
             raise ValueError(
-                f"config.json has {key!r} ({value!r}), which dpojax does not know and "
-                "will not ignore; remove it if it does not change the model."
+                f"config.json has {shown(key)} ({shown(value)}), which dpojax does not "
+                "know and will not ignore; remove it if it does not change the model."
             )
         if value is not None and value not in only[key]:
             allowed = " or ".join(map(repr, only[key]))
             raise ValueError(
-                f"config.json has {key} = {value!r}; dpojax supports {allowed}."
+                f"config.json has {key} = {shown(value)}; dpojax supports {allowed}."
             )

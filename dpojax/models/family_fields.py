@@ -9,6 +9,7 @@ from typing import Any
 
 from dpojax.models.rope_settings import RopeSettings
 from dpojax.models.rotary import LongRope
+from dpojax.models.setting_kinds import shown
 from dpojax.models.shape import ExpertShape
 
 Settings = Mapping[str, Any]
@@ -25,8 +26,8 @@ def _windows(settings: Settings, rule: Callable[[int], bool]) -> Fields:
         unknown = set(types) - {"full_attention", "sliding_attention"}
         if unknown or len(types) != num_layers:
             raise ValueError(
-                f"config.json has layer_types {types}; dpojax reads one for each of "
-                f"{num_layers} layers, 'full_attention' or 'sliding_attention'."
+                f"config.json has layer_types {shown(types)}; dpojax reads one for "
+                f"each of {num_layers} layers, 'full_attention' or 'sliding_attention'."
             )
         windowed = tuple(kind == "sliding_attention" for kind in types)
     switched_on = settings.get("use_sliding_window", True)

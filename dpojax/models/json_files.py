@@ -1,6 +1,7 @@
 """JSON objects in files, as model directories hold them. Knows no keys."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object; it holds {content!r}.")
+        raise ValueError(
+            f"{path} is not a JSON object; it holds {reprlib.repr(content)}."
+        )
     return content
 
 

@@ -289,11 +289,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 f"{path} has {key} = {value!r}, which dpojax does not know and will "
                 "not ignore."
             )
-    numbers = config.get("r"), config.get("lora_alpha")
-    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    is_number = isinstance(alpha, int | float) and 0 < alpha < math.inf
+    if type(rank) is not int or rank < 1 or not is_number:
         raise ValueError(
-            f"{path} has r = {numbers[0]!r} and lora_alpha = {numbers[1]!r}; both must "
-            "be positive numbers."
+            f"{path} has r = {rank!r} and lora_alpha = {alpha!r}; both must be "
+            "positive numbers, the first a whole one."
         )
     return config
 

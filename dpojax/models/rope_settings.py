@@ -18,6 +18,7 @@ from dpojax.models.rotary import (
     Scaling,
     YarnRope,
 )
+from dpojax.models.setting_kinds import shown
 
 KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 
@@ -65,7 +66,8 @@ def read_rope(
         unknown = given.keys() - {"full_attention", "sliding_attention"}
         if unknown:
             raise ValueError(
-                f"config.json has rotary settings of the layer types {sorted(unknown)}."
+                "config.json has rotary settings of the layer types "
+                f"{shown(sorted(unknown))}."
             )
         whole, share = read(given.get("full_attention") or {}, theta)
         window, _ = read(given.get("sliding_attention") or {}, window_theta or theta)
@@ -127,11 +129,13 @@ def _read_one(
         scaling = _KINDS[kind](rope, lengths)
     else:
         raise ValueError(
-            f"config.json scales rotary positions by {kind!r}; "
+            f"config.json scales rotary positions by {shown(kind)}; "
             f"supported: 'default', {', '.join(map(repr, _KINDS))}."
         )
     if rope:
-        raise ValueError(f"config.json has unknown rotary settings {sorted(rope)}.")
+        raise ValueError(
+            f"config.json has unknown rotary settings {shown(sorted(rope))}."
+        )
     return Rope(theta=float(theta), scaling=scaling), share
 
 

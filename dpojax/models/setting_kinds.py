@@ -4,9 +4,19 @@ So that a null or a text where a number belongs is refused by its key, before an
 computes with it. Which keys a family has, and what they mean, is not known here.
 """
 
-import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+
+def shown(value: object) -> str:
+    """A value for a message, however large it is."""
+    return reprlib.repr(value)
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether it is a number that is positive in 32 bits too."""
+    return type(value) in (int, float) and 1e-37 <= value <= 3.4e38
 
 
 class _Kind(NamedTuple):
@@ -17,19 +27,39 @@ class _Kind(NamedTuple):
 
 
 # True is an int to Python, and no size.
-_SIZE = _Kind("a positive integer", lambda value: type(value) is int and value > 0)
-_COUNT = _Kind("an integer from 0", lambda value: type(value) is int and value >= 0)
+_SIZE = _Kind(
+    "a positive integer", lambda value: type(value) is int and 0 < value < 2**31
+)
+# What is made for each layer would otherwise fill the memory.
+_LAYERS = _Kind(
+    "an integer from 1 to 10000",
+    lambda value: type(value) is int and 0 < value <= 10_000,
+)
+_COUNT = _Kind(
+    "an integer from 0", lambda value: type(value) is int and 0 <= value < 2**31
+)
 _NUMBER = _Kind(
     "a positive number",
-    lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    _is_positive,
 )
 _SWITCH = _Kind("true or false", lambda value: isinstance(value, bool))
-_LIST = _Kind("a list", lambda value: isinstance(value, list))
+_LIST = _Kind(
+    "a list of integers",
+    lambda value: isinstance(value, list) and all(type(one) is int for one in value),
+)
+_NUMBERS = _Kind(
+    "a list of positive numbers",
+    lambda value: isinstance(value, list) and all(map(_is_positive, value)),
+)
+_NAMES = _Kind(
+    "a list of names",
+    lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+)
 _OBJECT = _Kind("an object", lambda value: isinstance(value, Mapping))
 # Keys as Llama calls them; those of rotary settings are in an object of their own.
 _KINDS = (
     dict.fromkeys(
-        ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        ("vocab_size", "hidden_size", "num_attention_heads",
          "num_key_value_heads", "head_dim", "intermediate_size",
          "max_position_embeddings", "sliding_window", "sliding_window_pattern",
          "rotary_dim", "no_rope_layer_interval", "num_labels",
@@ -48,12 +78,14 @@ _KINDS = (
     )
     | dict.fromkeys(
         ("tie_word_embeddings", "use_parallel_residual", "use_sliding_window",
-         "norm_topk_prob", "output_router_logits"),
+         "norm_topk_prob", "output_router_logits", "truncate"),
         _SWITCH,
     )
-    | dict.fromkeys(("architectures", "layer_types", "no_rope_layers"), _LIST)
+    | dict.fromkeys(("architectures", "layer_types"), _NAMES)
+    | dict.fromkeys(("no_rope_layers", "mlp_only_layers"), _LIST)
+    | dict.fromkeys(("short_factor", "long_factor"), _NUMBERS)
     | dict.fromkeys(("rope_scaling", "rope_parameters", "id2label"), _OBJECT)
-    | {"max_window_layers": _COUNT}
+    | {"max_window_layers": _COUNT, "num_hidden_layers": _LAYERS}
 )  # fmt: skip
 # Where null says what absence says.
 _NULLABLE = {
@@ -94,7 +126,7 @@ def check_kinds(
         if kind is None or (value is None and nullable) or kind.accepts(value):
             continue
         raise ValueError(
-            f"config.json has {inside}{key} = {value!r}; it must be {kind.words}"
+            f"config.json has {inside}{key} = {shown(value)}; it must be {kind.words}"
             f"{' or null' if nullable else ''}."
         )
 

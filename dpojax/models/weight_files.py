@@ -89,6 +89,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
       ValueError: if the file cannot be read, or is not such a file.
     """
+    if not path.is_file():  # a pipe would be read for ever
+        raise ValueError(
+            f"{path} cannot be read: it is missing, or no file; fetch or write it "
+            "again."
+        )
     try:
         with path.open("rb") as file:
             if file.read(len(_LFS)) == _LFS:
@@ -115,10 +120,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _find_indexed(index: Path) -> dict[str, StoredTensor]:
     try:
         weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
-        # An index cannot point elsewhere.
-        files = {name: Path(file).name for name, file in weight_map.items()}
-    except (ValueError, LookupError, TypeError) as error:
+        paths = {name: Path(file) for name, file in weight_map.items()}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of shards: {error}") from error
+    for path in paths.values():
+        if path.parts != (path.name,) or not path.name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names the shard {str(path)!r}; shards are .safetensors files "
+                "beside it, so look where this index is from."
+            )
+    files = {name: path.name for name, path in paths.items()}
     headers = {file: read_header(index.with_name(file)) for file in set(files.values())}
     # What the index leaves out is found as well: no tensor is ignored unseen.
     tensors = {

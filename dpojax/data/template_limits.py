@@ -1,0 +1,111 @@
+"""How much a chat template may take: templates are programs, written by strangers.
+
+transformers runs them in jinja's sandbox, which keeps them from files, attributes and
+long ranges, but not from loops in loops or texts that fill the memory. Here the time of
+one rendering is bounded by a signal, and its memory by the kernel. Where one operation
+does not end (on numbers of a million digits), no signal is heard, and the kernel ends
+the process. This file knows no tokenizer and no messages.
+"""
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+
+import jinja2
+
+# Rendering takes a millisecond, and of a conversation of ten megabytes a second.
+MOST_SECONDS = 10  # of a processor
+_MOST_SECONDS_OF_ONE_OPERATION = 60
+MOST_MEMORY = 4 * 2**30
+_STATUS = Path("/proc/self/statm")
+
+
+class UnfitTemplate(ValueError):
+    """No template to use, whatever the record."""
+
+
+class _Expired(BaseException):
+    """No Exception: a template's own errors are caught while it is compiled."""
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Bounds what is done inside; in another thread than the main one, its memory only.
+
+    Raises:
+      UnfitTemplate: when the time is up, or the memory.
+    """
+    with ExitStack() as stack:
+        if _STATUS.exists():  # only Linux bounds a process's memory
+            pages = int(_STATUS.read_text().split()[0])
+            memory = pages * resource.getpagesize() + MOST_MEMORY
+            stack.enter_context(_limited(resource.RLIMIT_AS, memory))
+        if threading.current_thread() is threading.main_thread():
+            used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+            seconds = used + _MOST_SECONDS_OF_ONE_OPERATION
+            stack.enter_context(_limited(resource.RLIMIT_CPU, seconds))
+            stack.enter_context(_timer())
+        try:
+            yield
+        except MemoryError as error:
+            raise UnfitTemplate(
+                "The tokenizer's chat template takes more than "
+                f"{MOST_MEMORY >> 30} GiB for one conversation; use another one."
+            ) from error
+
+
+@lru_cache
+def check_template(template: str) -> None:
+    """Refuses powers: one of them can take for ever, even before anything is rendered.
+
+    Raises:
+      UnfitTemplate: naming the line.
+    """
+    before = ""
+    for line, kind, text in jinja2.Environment().lex(template):
+        # After these, two asterisks are no power but a call's arguments by name.
+        if kind == "operator" and text == "**" and before not in ("(", ","):
+            raise UnfitTemplate(
+                f"The tokenizer's chat template raises to a power in line {line}, "
+                "which no template needs and which can take for ever; use another one."
+            )
+        before = before if kind == "whitespace" else text
+
+
+@contextmanager
+def _limited(kind: int, most: int) -> Iterator[None]:
+    """Lowers one of the kernel's limits."""
+    soft, hard = resource.getrlimit(kind)
+    allowed = [value for value in (soft, most) if value != resource.RLIM_INFINITY]
+    resource.setrlimit(kind, (min(allowed), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+@contextmanager
+def _timer() -> Iterator[None]:
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise _Expired
+
+    old = signal.signal(signal.SIGVTALRM, expire)
+    # Again each second, in case something catches everything.
+    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS, 1)
+    try:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    except _Expired:
+        raise UnfitTemplate(
+            f"The tokenizer's chat template takes more than {MOST_SECONDS} seconds for "
+            "one conversation, as one that loops for ever does; use another one."
+        ) from None
+    finally:
+        signal.signal(signal.SIGVTALRM, old)

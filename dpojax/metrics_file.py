@@ -1,0 +1,43 @@
+"""``metrics.jsonl``: what a run measured, a JSON object a line, in the order of steps.
+
+This file does not know what is measured.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dpojax.processes import only_first
+from dpojax.whole_files import naming, reach_disk, write_bytes
+
+
+class MetricsFile:
+    """Lines of metrics. Process 0 writes them; in the others its methods do nothing."""
+
+    def __init__(self, path: Path, keep_until: int):
+        """Opens the file; lines after that step are dropped, since they come again."""
+        self.path = path
+        self._forget(keep_until)
+
+    @only_first
+    def _forget(self, keep_until: int) -> None:
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        lines = text.split("\n")[:-1]  # a line cut short by a crash has no end
+        kept = [line for line in lines if json.loads(line)["step"] <= keep_until]
+        write_bytes(self.path, "".join(line + "\n" for line in kept).encode())
+
+    @only_first
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends a line; numbers that are not finite become null."""
+        finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
+        line = json.dumps({"step": step, "split": split} | finite, allow_nan=False)
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    @only_first
+    def keep(self) -> None:
+        """Returns when all lines would survive the machine's sudden end too."""
+        with self.path.open("a", encoding="utf-8") as file:
+            reach_disk(file)
