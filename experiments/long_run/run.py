@@ -26,7 +26,7 @@ import numpy as np
 from dpojax.command_config import InitConfig
 from dpojax.commands import init
 from dpojax.config import OptimizerConfig, TrainConfig
-from dpojax.data.synthetic import make_reviews, make_tokenizer, split_review
+from dpojax.data.synthetic import make_reviews, make_tokenizer
 from dpojax.run import run
 from dpojax.whole_files import write_json_lines
 
@@ -47,19 +47,22 @@ class Sample(NamedTuple):
 
 
 def write_pairs(path: Path, count: int) -> None:
-    """Pairs of which each side is so many reviews, by a skewed distribution."""
+    """Pairs of words of reviews, whose numbers are log-normal."""
     rng = np.random.default_rng(0)
-    reviews = iter(make_reviews(12 * count, seed=0))
+    words = " ".join(make_reviews(count, seed=0)).split(" ")
 
-    def several() -> str:
-        return "".join(next(reviews) for _ in range(min(3, rng.geometric(0.6))))
+    def several(median: int) -> str:
+        number = int(np.exp(rng.normal(np.log(median), 1.2))) + 1
+        start = rng.integers(len(words) - number)
+        return " ".join(words[start : start + number])
 
-    rows = []
-    for _ in range(count):
-        opening, _ = split_review(next(reviews))
-        prompt = several() + opening
-        rows.append({"prompt": prompt, "chosen": several(), "rejected": several()})
-    write_json_lines(path, rows)
+    write_json_lines(
+        path,
+        (
+            {"prompt": several(20), "chosen": several(8), "rejected": several(8)}
+            for _ in range(count)
+        ),
+    )
 
 
 def make_config(place: Path, steps: int) -> TrainConfig:
@@ -77,7 +80,7 @@ def make_config(place: Path, steps: int) -> TrainConfig:
         data=(str(place / "pairs.jsonl"),),
         output=str(place / "run"),
         test_size=32,
-        max_length=96,
+        max_length=192,
         batch_size=4,
         steps=steps,
         log_every=10,
