@@ -200,8 +200,11 @@ def _new_directory(directory: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        if not directory.exists():
+        try:
             unfinished.rename(directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

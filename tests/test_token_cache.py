@@ -214,7 +214,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
 
 def test_two_that_prepare_the_same_at_one_time_both_have_it(
-    data: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
     tokenize, results = prepare.tokenize_records, []
 
@@ -226,6 +226,7 @@ def test_two_that_prepare_the_same_at_one_time_both_have_it(
     monkeypatch.setattr(prepare, "tokenize_records", slowly)
     results.append(fingerprint(list(load(data))))
     assert results[0] == results[1] and entry(root)
+    assert "cannot be written" not in capsys.readouterr().out
 
 
 def test_what_a_killed_process_left_is_removed_after_a_day(
