@@ -1,5 +1,6 @@
 """The Optax chain: clipping, the optimiser's rule, and the schedule. Knows no model."""
 
+import math
 import re
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ _DEFAULTS = {
     "epsilon": 1e-8,
     "moments": "float32",
 }
+_MOST_STEPS = 10**8
 _SETTINGS = {  # of each optimiser
     "adamw": frozenset(_DEFAULTS),
     "rmsprop": frozenset({"epsilon"}),
@@ -44,10 +46,15 @@ def make_schedule(
             f"There is no schedule {schedule!r}; "
             f"there are {', '.join(get_args(Schedule))}."
         )
-    if learning_rate < 0 or warmup_steps < 0:
+    if not 0 <= learning_rate < math.inf or warmup_steps < 0:
         raise ValueError(
             f"The learning rate {learning_rate} and the warm-up of {warmup_steps} "
-            "steps must not be negative."
+            "steps must be finite and not negative."
+        )
+    if num_steps > _MOST_STEPS:
+        raise ValueError(
+            f"The run has {num_steps:,} steps; give at most {_MOST_STEPS:,} by --steps "
+            "or --epochs."
         )
     if warmup_steps > num_steps:
         raise ValueError(
@@ -121,10 +128,11 @@ def _check(name: Name, max_grad_norm: float, given: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} has no {setting} here; leave it out or use adamw."
             )
-    if min(max_grad_norm, given["weight_decay"], given["epsilon"]) < 0:
+    numbers = (max_grad_norm, given["weight_decay"], given["epsilon"])
+    if not all(0 <= number < math.inf for number in numbers):
         raise ValueError(
             f"max_grad_norm {max_grad_norm}, weight_decay {given['weight_decay']} and "
-            f"epsilon {given['epsilon']} must not be negative."
+            f"epsilon {given['epsilon']} must be finite and must not be negative."
         )
     beta1, beta2 = given["beta1"], given["beta2"]
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):

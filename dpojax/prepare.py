@@ -5,6 +5,7 @@ This file knows neither the loop nor the model.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from itertools import chain
 from pathlib import Path
 from types import FunctionType
@@ -80,6 +81,7 @@ def check_training(config: TrainConfig, loss: Loss) -> None:
 
 def check_settings(config: TrainConfig, loss: Loss) -> None:
     """The same, wherever the model and data come from."""
+    _check_numbers(config)
     check_reference(config, loss)
     check_token_metrics(config.token_metrics, loss.needs)
     if config.batch_size == 1 and "mismatched" in loss.needs:
@@ -105,6 +107,25 @@ def check_settings(config: TrainConfig, loss: Loss) -> None:
             f"{config.sample_tokens} tokens of {config.sample_prompts} prompts cannot "
             "be sampled; neither may be negative, and at least one token is needed."
         )
+
+
+# A seed may be a time; positions of a row stand in memory, all of them.
+_LARGEST: dict[str, int] = {"seed": 1 << 63, "row_length": 1 << 24}
+_LARGEST_FLOAT = 3.4e38  # of 32 bits
+
+
+def _check_numbers(config: object, within: str = "") -> None:
+    """Refuses what is infinite or no number, and what no array could be as large as."""
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            _check_numbers(value, f"{within}{name}.")
+        elif isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT:
+            raise ValueError(f"{within}{name} is {value}; it must be a finite number.")
+        elif isinstance(value, int) and abs(value) >= _LARGEST.get(name, 1 << 31):
+            raise ValueError(
+                f"{within}{name} is {value}; it must be smaller than "
+                f"{_LARGEST.get(name, 1 << 31):,}."
+            )
 
 
 def make_new_adapters(config: LoraConfig) -> NewAdapters | None:

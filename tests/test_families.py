@@ -248,7 +248,7 @@ def test_phi3_has_no_other_kind_of_scaling():
 
 SIZES = {
     "vocab_size": 512,
-    "hidden_size": 64,
+    "hidden_size": 256,  # of GPT-J by default 64 dimensions of a head turn
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,  # some families' default is more than the heads
@@ -270,7 +270,7 @@ NEVER = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_reads_a_config_of_sizes_alone(family: str):
     config = as_decoder_config(SIZES | {"model_type": family})
-    assert (config.width, config.num_heads, config.head) == (64, 4, "vocabulary")
+    assert (config.width, config.num_heads, config.head) == (256, 4, "vocabulary")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -91,7 +91,7 @@ def use_lines(path: Path, random: Random) -> bool:
 
 
 @given(st.integers(0, 2**62))
-@settings(max_examples=250)
+@settings(max_examples=1000)
 def test_a_random_line_gives_rows_or_one_sentence(
     tmp_path_factory: pytest.TempPathFactory, seed: int
 ):
@@ -147,6 +147,5 @@ def test_the_checks_find_a_token_that_is_lost_or_sees_another():
     merged = batch._replace(branch=np.minimum(batch.branch, 1))
     with pytest.raises(AssertionError):
         check_sight(merged, 0, row)
-    empty = row[0]._replace(completions=(row[0].completions[0][:0],))
     with pytest.raises(AssertionError):
-        check_layout([empty])
+        check_layout([row[0]._replace(weight=0.0)])

@@ -103,6 +103,9 @@ def check_shape(config: DecoderConfig) -> None:
     assert all(type(size) is int and 0 < size < 2**31 for size in sizes)
     assert config.num_heads % config.num_key_heads == 0
     assert len(layer_windows(config)) == len(layer_ropes(config)) == config.num_layers
+    turning = config.rotary_dimension or config.head_dimension
+    if config.positions == "rotary":
+        assert 0 < turning <= config.head_dimension and turning % 2 == 0
     assert 0 < config.rope_theta < float("inf") and config.norm_epsilon > 0
     repr(config)
 
@@ -182,7 +185,7 @@ def base(place: Path) -> TrainConfig:
 
 
 @given(st.integers(0, 2**62))
-@settings(max_examples=300)
+@settings(max_examples=500)
 def test_a_random_config_is_a_decoders_shape_or_one_sentence(
     tmp_path_factory: pytest.TempPathFactory, seed: int
 ):

@@ -179,6 +179,10 @@ def test_a_link_out_of_a_tokenizers_directory_is_refused(tmp_path: Path):
     directory = write_tokenizer(tmp_path / "tokenizer")
     (directory / "chat_template.jinja").symlink_to(tmp_path / "secret")
     assert "chat_template.jinja is a link to" in refusal(load_tokenizer, directory)
+    (directory / "chat_template.jinja").unlink()
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (directory / name).symlink_to(tmp_path / "secret")
+    assert load_tokenizer(directory).chat_template is None
 
 
 def test_links_of_the_hubs_cache_and_to_whole_directories_are_followed(tmp_path: Path):

@@ -82,15 +82,15 @@ def _as_message(message: dict[str, Any], name: str, origin: str) -> dict[str, An
     if isinstance(message.get("role"), str):
         return message
     speaker, said = message.get("from"), message.get("value")
-    is_known = isinstance(speaker, str) and speaker in _ROLES
-    if not is_known or not isinstance(said, str):
+    is_said = isinstance(speaker, str) and speaker in _ROLES
+    if not is_said or not isinstance(said, str):
         raise BadRecord(
             f"{origin}: a message of {name} is by {shown(speaker)}; it must have a "
             f"string as value and be from one of {', '.join(_ROLES)}, or have a role."
         )
     if speaker == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(said, origin)}
-    return {"role": _ROLES[speaker], "content": said}
+    return {"role": _ROLES[str(speaker)], "content": said}
 
 
 def _calls(said: str, origin: str) -> list[dict[str, Any]]:

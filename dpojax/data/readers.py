@@ -166,13 +166,15 @@ def ultrafeedback(row: Row) -> Record:
 def _ratings(answer: Mapping[str, Any], row: Row) -> list[float]:
     """The ratings that were given; "N/A" is none."""
     annotations = answer.get("annotations") or {}
-    aspects = list(annotations.values()) if isinstance(annotations, dict) else [1]
-    if not all(isinstance(aspect or {}, dict) for aspect in aspects):
+    aspects: list[Any] = [annotations]
+    if isinstance(annotations, dict):
+        aspects = [aspect or {} for aspect in annotations.values()]
+    if not all(isinstance(aspect, dict) for aspect in aspects):
         raise BadRecord(
             f"{row.origin}: annotations of one of completions are not an object of "
             "objects, each with a Rating."
         )
-    given = [str((aspect or {}).get("Rating")) for aspect in aspects]
+    given = [str(aspect.get("Rating")) for aspect in aspects]
     ratings = [float(rating) for rating in given if _NUMBER.fullmatch(rating)]
     return [fields.checked_number(rating, "Rating", row.origin) for rating in ratings]
 

@@ -10,8 +10,9 @@ the process. This file knows no tokenizer and no messages.
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,7 @@ MOST_SECONDS = 10  # of a processor
 _MOST_SECONDS_OF_ONE_OPERATION = 60
 MOST_MEMORY = 4 * 2**30
 _STATUS = Path("/proc/self/statm")
+_HAS_STATUS = _STATUS.exists()  # only Linux bounds a process's memory
 
 
 class UnfitTemplate(ValueError):
@@ -35,28 +37,29 @@ class _Expired(BaseException):
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Bounds what is done inside; in another thread than the main one, its memory only.
+    """Bounds what is done inside; only the main thread hears that the time is up.
 
     Raises:
       UnfitTemplate: when the time is up, or the memory.
     """
-    with ExitStack() as stack:
-        if _STATUS.exists():  # only Linux bounds a process's memory
-            pages = int(_STATUS.read_text().split()[0])
-            memory = pages * resource.getpagesize() + MOST_MEMORY
-            stack.enter_context(_limited(resource.RLIMIT_AS, memory))
-        if threading.current_thread() is threading.main_thread():
-            used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-            seconds = used + _MOST_SECONDS_OF_ONE_OPERATION
-            stack.enter_context(_limited(resource.RLIMIT_CPU, seconds))
-            stack.enter_context(_timer())
-        try:
+    kinds = (resource.RLIMIT_AS, resource.RLIMIT_CPU)
+    before = [resource.getrlimit(kind) for kind in kinds]
+    for kind, (soft, hard), most in zip(kinds, before, _most(), strict=True):
+        is_less = soft == resource.RLIM_INFINITY or most < soft
+        if most != resource.RLIM_INFINITY and is_less:
+            resource.setrlimit(kind, (most, hard))
+    is_main = threading.current_thread() is threading.main_thread()
+    try:
+        with _timer() if is_main else nullcontext():
             yield
-        except MemoryError as error:
-            raise UnfitTemplate(
-                "The tokenizer's chat template takes more than "
-                f"{MOST_MEMORY >> 30} GiB for one conversation; use another one."
-            ) from error
+    except MemoryError as error:
+        raise UnfitTemplate(
+            "The tokenizer's chat template takes more than "
+            f"{MOST_MEMORY >> 30} GiB for one conversation; use another one."
+        ) from error
+    finally:
+        for kind, limit in zip(kinds, before, strict=True):
+            resource.setrlimit(kind, limit)
 
 
 @lru_cache
@@ -77,16 +80,14 @@ def check_template(template: str) -> None:
         before = before if kind == "whitespace" else text
 
 
-@contextmanager
-def _limited(kind: int, most: int) -> Iterator[None]:
-    """Lowers one of the kernel's limits."""
-    soft, hard = resource.getrlimit(kind)
-    allowed = [value for value in (soft, most) if value != resource.RLIM_INFINITY]
-    resource.setrlimit(kind, (min(allowed), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, (soft, hard))
+def _most() -> tuple[int, int]:
+    """The memory and the seconds that the process may have taken in the end."""
+    memory = resource.RLIM_INFINITY
+    if _HAS_STATUS:
+        with _STATUS.open("rb", buffering=0) as file:
+            pages = int(file.read().split()[0])
+        memory = pages * resource.getpagesize() + MOST_MEMORY
+    return memory, int(time.process_time()) + _MOST_SECONDS_OF_ONE_OPERATION
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dpojax.models.family_table import FAMILIES, Family
 from dpojax.models.rope_settings import (
     KEYS,
     RopeSettings,
-    check_factors,
+    check_rotation,
     read_rope,
 )
 from dpojax.models.setting_kinds import check_division, check_kinds, shown
@@ -82,8 +82,9 @@ def as_decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
             f"dpojax supports 1.0 for {family.name}."
         )
     config = DecoderConfig(**fields, head=head)
-    for one in (rope.whole, rope.window):
-        check_factors(one, config.rotary_dimension or config.head_dimension)
+    if config.positions == "rotary":
+        for one in (rope.whole, rope.window):
+            check_rotation(one, config.rotary_dimension, config.head_dimension)
     return config
 
 
@@ -99,12 +100,12 @@ def _common_fields(settings: Mapping[str, Any], rope: RopeSettings) -> dict[str,
         "head_dimension": settings.get("head_dim")
         or settings["hidden_size"] // num_heads,
         "mlp_width": settings["intermediate_size"],
-        "norm_epsilon": settings.get("rms_norm_eps", 1e-6),
+        "norm_epsilon": float(settings.get("rms_norm_eps", 1e-6)),
         "rope_theta": rope.whole.theta,
         "rope_scaling": rope.whole.scaling,
         "tied_output": settings.get("tie_word_embeddings", False),
         "max_length": settings.get("max_position_embeddings", 2048),
-        "initializer_range": settings.get("initializer_range", 0.02),
+        "initializer_range": float(settings.get("initializer_range", 0.02)),
     }
 
 

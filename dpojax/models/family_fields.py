@@ -153,7 +153,7 @@ def phi3(settings: Settings, rope: RopeSettings) -> Fields:
 def _partial(settings: Settings, share: float | None) -> Fields:
     """How many dimensions of a head turn, from a share."""
     if share is None:
-        share = settings["partial_rotary_factor"]
+        share = float(settings["partial_rotary_factor"])
     width, num_heads = settings["hidden_size"], settings["num_attention_heads"]
     return {"rotary_dimension": int(width // num_heads * share)}
 
@@ -167,13 +167,17 @@ def gemma(settings: Settings, rope: RopeSettings) -> Fields:
     }
 
 
+def _optional(number: int | float | None) -> float | None:
+    return None if number is None else float(number)
+
+
 def gemma2(settings: Settings, rope: RopeSettings) -> Fields:
     """Gemma with norms on both sides, soft caps and alternate windows."""
     added = {
         "arrangement": "both",
         "attention_scale": settings["query_pre_attn_scalar"] ** -0.5,
-        "attention_cap": settings.get("attn_logit_softcapping"),
-        "logit_cap": settings.get("final_logit_softcapping"),
+        "attention_cap": _optional(settings.get("attn_logit_softcapping")),
+        "logit_cap": _optional(settings.get("final_logit_softcapping")),
     }
     windows = _windows(settings, lambda layer: layer % 2 == 0)
     return gemma(settings, rope) | added | windows
@@ -202,6 +206,11 @@ GPT_ACTIVATIONS = {
 
 def _gpt(settings: Settings) -> Fields:
     """What the families of GPT share."""
+    if settings["hidden_act"] is None:
+        raise ValueError(
+            "config.json has no activation function; dpojax supports "
+            f"{', '.join(GPT_ACTIVATIONS)}."
+        )
     return {
         "mlp_width": settings.get("intermediate_size") or 4 * settings["hidden_size"],
         "norm": "layer",
@@ -223,7 +232,7 @@ def gpt_neox(settings: Settings, rope: RopeSettings) -> Fields:
     share = settings["rotary_pct"] if rope.share is None else rope.share
     return (
         _gpt(settings)
-        | _partial(settings, share)
+        | _partial(settings, float(share))
         | {"qkv_bias": True, "output_bias": True, "arrangement": arrangement}
     )
 

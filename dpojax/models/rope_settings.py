@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dpojax.models.rotary import (
     DynamicRope,
     LinearRope,
@@ -17,9 +19,11 @@ from dpojax.models.rotary import (
     Rope,
     Scaling,
     YarnRope,
+    rotary_frequencies,
 )
 from dpojax.models.setting_kinds import shown
 
+_LARGEST_HEAD = 2**16
 KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 
 
@@ -78,12 +82,37 @@ def read_rope(
     return RopeSettings(whole, Rope(theta=window_theta), share)
 
 
-def check_factors(rope: Rope, dimension: int) -> None:
-    """Sees that longrope has a factor for each pair of dimensions that turns.
+def check_rotation(rope: Rope, turning: int | None, of_head: int) -> None:
+    """Sees that pairs of a head's dimensions turn, each at a finite frequency.
+
+    Args:
+      rope: how they turn.
+      turning: how many dimensions do; None: all.
+      of_head: how many a head has.
 
     Raises:
-      ValueError: if it has not.
+      ValueError: if they cannot.
     """
+    dimension = of_head if turning is None else turning
+    if dimension % 2 or not 0 < dimension <= of_head <= _LARGEST_HEAD:
+        raise ValueError(
+            f"config.json turns {dimension} of a head's {of_head} dimensions; the "
+            "number must be even, positive and at most all of them, and a head must "
+            f"not have more than {_LARGEST_HEAD}."
+        )
+    _check_factors(rope, dimension)
+    try:
+        with np.errstate(all="raise", under="ignore"):
+            rotary_frequencies(rope, dimension)
+    except (ArithmeticError, ValueError) as error:
+        raise ValueError(
+            f"config.json has rotary settings that give no frequencies ({error}): "
+            f"{shown(rope)}."
+        ) from error
+
+
+def _check_factors(rope: Rope, dimension: int) -> None:
+    """Sees that longrope has a factor for each pair of dimensions that turns."""
     if not isinstance(rope.scaling, LongRope):
         return
     counts = len(rope.scaling.short_factors), len(rope.scaling.long_factors)
@@ -136,7 +165,7 @@ def _read_one(
         raise ValueError(
             f"config.json has unknown rotary settings {shown(sorted(rope))}."
         )
-    return Rope(theta=float(theta), scaling=scaling), share
+    return Rope(theta=float(theta), scaling=scaling), share and float(share)
 
 
 def _linear(rope: dict[str, Any], lengths: _Lengths) -> LinearRope:
@@ -181,7 +210,7 @@ def _longrope(rope: dict[str, Any], lengths: _Lengths) -> LongRope:
     factor, original_length = _extension(rope, lengths)
     attention_factor = rope.pop("attention_factor", None)
     if attention_factor is None:
-        added = math.log(max(factor, 1.0)) / math.log(original_length)
+        added = math.log(max(factor, 1.0)) / math.log(max(original_length, 2))
         attention_factor = math.sqrt(1 + added)
     return LongRope(
         short_factors=tuple(map(float, _take(rope, "short_factor"))),

@@ -4,14 +4,17 @@ So that a null or a text where a number belongs is refused by its key, before an
 computes with it. Which keys a family has, and what they mean, is not known here.
 """
 
-import reprlib
 from collections.abc import Callable, Mapping
+from reprlib import Repr
 from typing import Any, NamedTuple
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
 def shown(value: object) -> str:
     """A value for a message, however large it is."""
-    return reprlib.repr(value)
+    return _SHORT.repr(value)
 
 
 def _is_positive(value: Any) -> bool:
@@ -24,6 +27,7 @@ class _Kind(NamedTuple):
 
     words: str
     accepts: Callable[[Any], bool]
+    each: "_Kind | None" = None  # of what is in a list
 
 
 # True is an int to Python, and no size.
@@ -32,7 +36,7 @@ _SIZE = _Kind(
 )
 # What is made for each layer would otherwise fill the memory.
 _LAYERS = _Kind(
-    "an integer from 1 to 10000",
+    "a positive integer up to 10000",
     lambda value: type(value) is int and 0 < value <= 10_000,
 )
 _COUNT = _Kind(
@@ -43,18 +47,11 @@ _NUMBER = _Kind(
     _is_positive,
 )
 _SWITCH = _Kind("true or false", lambda value: isinstance(value, bool))
-_LIST = _Kind(
-    "a list of integers",
-    lambda value: isinstance(value, list) and all(type(one) is int for one in value),
-)
-_NUMBERS = _Kind(
-    "a list of positive numbers",
-    lambda value: isinstance(value, list) and all(map(_is_positive, value)),
-)
-_NAMES = _Kind(
-    "a list of names",
-    lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
-)
+_NAME = _Kind("a name", lambda value: isinstance(value, str))
+_LISTS = {
+    each: _Kind("a list", lambda value: isinstance(value, list), each)
+    for each in (_NAME, _COUNT, _NUMBER)
+}
 _OBJECT = _Kind("an object", lambda value: isinstance(value, Mapping))
 # Keys as Llama calls them; those of rotary settings are in an object of their own.
 _KINDS = (
@@ -81,14 +78,16 @@ _KINDS = (
          "norm_topk_prob", "output_router_logits", "truncate"),
         _SWITCH,
     )
-    | dict.fromkeys(("architectures", "layer_types"), _NAMES)
-    | dict.fromkeys(("no_rope_layers", "mlp_only_layers"), _LIST)
-    | dict.fromkeys(("short_factor", "long_factor"), _NUMBERS)
+    | dict.fromkeys(("architectures", "layer_types"), _LISTS[_NAME])
+    | dict.fromkeys(("no_rope_layers", "mlp_only_layers"), _LISTS[_COUNT])
+    | dict.fromkeys(("short_factor", "long_factor"), _LISTS[_NUMBER])
     | dict.fromkeys(("rope_scaling", "rope_parameters", "id2label"), _OBJECT)
     | {"max_window_layers": _COUNT, "num_hidden_layers": _LAYERS}
+    | {"rope_type": _NAME, "type": _NAME}
 )  # fmt: skip
 # Where null says what absence says.
 _NULLABLE = {
+    "rope_type", "type",
     "num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "num_labels",
     "rope_local_base_freq", "attn_logit_softcapping", "final_logit_softcapping",
     "architectures", "layer_types", "no_rope_layers", "rope_scaling",
@@ -123,12 +122,25 @@ def check_kinds(
             check_kinds(value, {}, {}, f"{inside}{key}.")
         kind = _KINDS.get(name)
         nullable = defaults.get(name, ...) is None or name in _NULLABLE
-        if kind is None or (value is None and nullable) or kind.accepts(value):
+        if kind is None or (value is None and nullable):
+            continue
+        if kind.accepts(value):
+            _check_each(value, kind.each, f"{inside}{key}")
             continue
         raise ValueError(
             f"config.json has {inside}{key} = {shown(value)}; it must be {kind.words}"
             f"{' or null' if nullable else ''}."
         )
+
+
+def _check_each(value: Any, kind: _Kind | None, key: str) -> None:
+    if kind is None:
+        return
+    for one in value:
+        if not kind.accepts(one):
+            raise ValueError(
+                f"config.json has {shown(one)} in {key}; each must be {kind.words}."
+            )
 
 
 def check_division(settings: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ def memory_figures(
         "outputs_bytes": memory.outputs,
         "aliased_bytes": memory.aliased,
         "temporaries_bytes": memory.temporaries,
-        "peak_bytes": memory.total,
+        "peak_bytes": memory.peak,
         "chip_bytes": chip_memory,
         "largest_arguments": [buffer._asdict() for buffer in arguments],
         "largest_temporaries": [buffer._asdict() for buffer in temporaries],

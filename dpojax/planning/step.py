@@ -31,11 +31,9 @@ class Memory(NamedTuple):
     outputs: int
     aliased: int  # outputs that take an argument's place
     temporaries: int
-
-    @property
-    def total(self) -> int:
-        """What is there at one time, at most."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries
+    # At one time, at most: less than the sum, where temporaries take the place of
+    # arguments that are given away and not needed any more.
+    peak: int
 
 
 class Buffer(NamedTuple):
@@ -115,6 +113,7 @@ def compile_step(planned: Planned) -> Compiled | TooLarge:
         found.output_size_in_bytes,
         found.alias_size_in_bytes,
         found.temp_size_in_bytes,
+        found.peak_memory_in_bytes,
     )
     program = parse(_text(compiled))
     counts = count(program, _ChunkLoop(planned))
