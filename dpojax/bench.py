@@ -6,6 +6,7 @@ the progress bar are left out.
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def _default(setting: Any) -> Any:
     return factory() if callable(factory) else setting.default
 
 
-def _examples(config: BenchConfig, loss: Loss, loaded: Loaded) -> list[Example]:
+def _examples(config: BenchConfig, loss: Loss, loaded: Loaded) -> Sequence[Example]:
     vocabulary = loaded.model.config.vocabulary_size
     if config.data:
         check_positions(loaded, config.max_length)

@@ -60,7 +60,7 @@ def reference(config: ReferenceConfig) -> Path:
 
 
 def precompute(
-    config: TrainConfig, loaded: Loaded, mesh: Mesh, splits: Sequence[list[Example]]
+    config: TrainConfig, loaded: Loaded, mesh: Mesh, splits: Sequence[Sequence[Example]]
 ) -> Precomputed:
     """Gives examples the log-probabilities of the reference that settings name.
 

@@ -4,8 +4,9 @@ This file knows neither the loop nor the model.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from itertools import chain
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal
@@ -24,8 +25,11 @@ from dpojax.data.bad_records import (
     Skipped,
     describe_skipped,
 )
+from dpojax.data.conversions import Conversion
+from dpojax.data.fields import Record
+from dpojax.data.flat_examples import ExampleWriter
 from dpojax.data.packing import Example
-from dpojax.data.records import load_records
+from dpojax.data.records import select_records
 from dpojax.data.tokenize import Tokenizer, describe, tokenize_records
 from dpojax.loading import NewAdapters
 from dpojax.losses.make import Loss, make_loss, split_terms
@@ -35,10 +39,13 @@ from dpojax.measure import check_token_metrics
 from dpojax.models.adapter_modules import choose_modules
 from dpojax.models.lora import LoraShape
 from dpojax.optimizer import make_optimizer, make_schedule
-from dpojax.progress import say
+from dpojax.progress import Advance, say, track
 from dpojax.reference import Params
 from dpojax.reference_setting import check_reference
+from dpojax.token_cache import Prepared, default_root, load, make_key
 from dpojax.user_code import load_names
+
+_SHOWN_TOGETHER = 1_000  # records by which a bar moves on
 
 
 def make_configured_loss(config: LossConfig) -> Loss:
@@ -205,42 +212,65 @@ def load_examples(
     turns: Literal["all", "assistant"] = "all",
     on_bad_record: OnBadRecord = "stop",
     skipped: list[Skipped] | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """Reads, converts and tokenises what a loss takes, and says what was left out.
 
     Takes what `dpojax.data.records.load_records` and
     `dpojax.data.tokenize.tokenize_records` take. Bad records that are left out, where
-    there are any, are added to `skipped`.
+    there are any, are added to `skipped`. Large data is kept as it is prepared, see
+    `dpojax.token_cache`.
     """
+    selected = {
+        "split": split,
+        "weights": weights or None,
+        "columns": columns,
+        "test_size": test_size,
+        "max_examples": max_examples,
+    }
+    converted = {
+        "kind": loss.kind,
+        "pairs_from": pairs_from,
+        "beta": rejection_beta,
+        "needs_scores": "score" in loss.needs,
+    }
+    tokenized = {"max_length": max_length, "too_long": too_long, "turns": turns}
     bad = BadRecords() if on_bad_record == "skip" else None
-    records, conversion = load_records(
-        sources,
-        split=split,
-        kind=loss.kind,
-        weights=weights or None,
-        columns=columns,
-        test_size=test_size,
-        max_examples=max_examples,
-        pairs_from=pairs_from,
-        beta=rejection_beta,
-        needs_scores="score" in loss.needs,
-        bad=bad,
-    )
-    examples, counts = tokenize_records(
-        records,
-        tokenizer,
-        max_length=max_length,
-        too_long=too_long,
-        turns=turns,
-        bad=bad,
-    )
-    say(f"{split}: {describe(conversion)}; {describe(counts)}")
-    if bad is not None and bad.of_split(split).reasons:
-        say(describe_skipped(bad.of_split(split)))
+    selections = select_records(sources, **selected, bad=bad)
+
+    def prepare(directory: Path | None) -> Prepared:
+        if bad is not None:
+            bad.clear()
+        num_rows = sum(map(len, selections))
+        with track(f"Preparing {split}", total=num_rows) as advance:
+            records = _counted(chain.from_iterable(selections), advance)
+            conversion = Conversion(records, **converted, bad=bad)
+            writer = ExampleWriter(directory)
+            examples, counts = tokenize_records(
+                conversion, tokenizer, writer=writer, bad=bad, **tokenized
+            )
+        left_out = Skipped(split, (), 0) if bad is None else bad.of_split(split)
+        return Prepared(examples, conversion.counts, counts, left_out, writer.hashes())
+
+    files = [selection.files for selection in selections]
+    settings = selected | converted | tokenized | {"on_bad_record": on_bad_record}
+    if bad is not None:
+        settings |= {"sources": list(sources)}  # which are named where one is bad
+    prepared = load(default_root(), make_key(files, tokenizer, settings), prepare)
+    examples = prepared.examples
+    say(f"{split}: {describe(prepared.conversion)}; {describe(prepared.counts)}")
+    if prepared.skipped.reasons:
+        say(describe_skipped(prepared.skipped))
         if skipped is not None:
-            skipped.append(bad.of_split(split))
+            skipped.append(prepared.skipped)
     _check_probabilities(loss, examples)
     return examples
+
+
+def _counted(records: Iterable[Record], advance: Advance) -> Iterator[Record]:
+    for number, record in enumerate(records, start=1):
+        yield record
+        if number % _SHOWN_TOGETHER == 0:
+            advance("", _SHOWN_TOGETHER)
 
 
 def load_split(
@@ -249,7 +279,7 @@ def load_split(
     tokenizer: Tokenizer,
     split: str,
     skipped: list[Skipped] | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """The examples of a split of a run's data, see `load_examples`."""
     return load_examples(
         config.data,

@@ -1,7 +1,8 @@
 """What a person sees while waiting: live bars on a terminal, calm lines elsewhere."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,12 +17,19 @@ from rich.progress import (
 from rich.table import Table
 
 CONSOLE = Console(highlight=False, emoji=False)
-Advance = Callable[[str], None]
+
+
+class Advance(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, figures: str, units: int = 1) -> None:
+        """By so many units, with figures to show."""
+        ...
 
 
 @contextmanager
 def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A progress bar; each call of what it yields is one unit, with figures to show."""
+    """A progress bar, and what moves it on: by default by one unit at each call."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,7 +46,11 @@ def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
     )
     with bars:
         task = bars.add_task(description, total=total, completed=done, figures="")
-        yield lambda figures: bars.update(task, advance=1, figures=figures)
+
+        def advance(figures: str, units: int = 1) -> None:
+            bars.update(task, advance=units, figures=figures)
+
+        yield advance
 
 
 def be_quiet() -> None:

@@ -147,7 +147,7 @@ def _read(config: ScoreConfig, loaded: Loaded) -> list[Record]:
         render(record, loaded.tokenizer)
         return record
 
-    records = usable(rendered, records, bad)
+    records = list(usable(rendered, records, bad))
     if bad.of_split(config.split).reasons:
         say(describe_skipped(bad.of_split(config.split)))
     return records

@@ -4,7 +4,7 @@ Either the first one stops everything, or they are left out and listed. This fil
 neither what a record is nor where it comes from.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from reprlib import Repr
 from typing import Literal, NamedTuple, TypeVar
 
@@ -38,6 +38,11 @@ class BadRecords:
         self._reasons: dict[str, None] = {}  # a record that is repeated is bad once
         self._num_records = 0
 
+    def clear(self) -> None:
+        """Forgets what was noted, where all records are gone through once more."""
+        self._reasons.clear()
+        self._num_records = 0
+
     def count(self, num_records: int) -> None:
         """Notes how many records a data set has, the bad ones included."""
         self._num_records += num_records
@@ -53,26 +58,28 @@ class BadRecords:
 
 def usable(
     make: Callable[[Item], Made], items: Iterable[Item], bad: BadRecords | None
-) -> list[Made]:
+) -> Iterator[Made]:
     """What is made of each item; those of which it cannot be made are noted as bad.
 
     Raises:
       BadRecord: for the first of them, if there is nowhere to note it.
       ValueError: if all are bad.
     """
-    made: list[Made] = []
+    num_made = 0
     first: BadRecord | None = None
     for item in items:
         try:
-            made.append(make(item))
+            made = make(item)
         except BadRecord as error:
             if bad is None:
                 raise
             bad.add(error)
             first = first or error
-    if first is not None and not made:
+            continue
+        num_made += 1
+        yield made
+    if first is not None and not num_made:
         raise ValueError(f"Every record is bad, so none can be skipped: {first}")
-    return made
 
 
 def describe_skipped(skipped: Skipped) -> str:

@@ -6,7 +6,7 @@ refused. This file knows neither where records come from nor tokens.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Literal, NamedTuple
 
@@ -74,30 +74,114 @@ def as_kind(
     References:
       Liu et al. 2023, arXiv:2309.06657 (``rso``).
     """
-    _check_sampling(pairs_from, beta, num_accepted)
+    conversion = Conversion(
+        records,
+        kind,
+        pairs_from=pairs_from,
+        beta=beta,
+        num_accepted=num_accepted,
+        seed=seed,
+        needs_scores=needs_scores,
+        bad=bad,
+    )
+    return list(conversion), conversion.counts
 
-    def checked(record: Record) -> Record:
-        return _checked(record, kind, needs_scores)
 
-    records = usable(checked, records, bad)
-    _check_use(records, kind, pairs_from)
-    found: list[Record] = []
-    dropped: Counter[str] = Counter()
-    for index, record in enumerate(records):
+class Conversion:
+    """Records of one kind, made of those of any kind one after another; see `as_kind`.
+
+    What depends on all of them, as the counts do, is known when all are gone through.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Record],
+        kind: Kind,
+        *,
+        pairs_from: PairsFrom = "best_worst",
+        beta: float = REJECTION_BETA,
+        num_accepted: int = NUM_ACCEPTED,
+        seed: int = 0,
+        needs_scores: bool = False,
+        bad: BadRecords | None = None,
+    ):
+        """Takes what `as_kind` takes, and goes through no record yet."""
+        _check(pairs_from, beta, num_accepted)
+        self._records = records
+        self._kind: Kind = kind
+        self._pairs_from: PairsFrom = pairs_from
+        self._beta, self._num_accepted, self._seed = beta, num_accepted, seed
+        self._needs_scores, self._bad = needs_scores, bad
+        self._tally: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Record]:
+        """Goes through the records; raises what `as_kind` raises."""
+        self._tally.clear()
+        records = usable(self._checked, self._records, self._bad)
+        for index, record in enumerate(records):
+            self._tally["read"] += 1
+            for converted in self._convert(index, record):
+                self._tally["records"] += 1
+                yield converted
+        self._check_all()
+
+    @property
+    def counts(self) -> ConversionCounts:
+        """What became of the records so far."""
+        return ConversionCounts(*(self._tally[n] for n in ConversionCounts._fields))
+
+    def _checked(self, record: Record) -> Record:
+        """The record, if it can be of that kind."""
+        if (record.kind, self._kind) in _REFUSALS:
+            raise BadRecord(
+                f"{record.origin} is {record.kind!r} and {self._kind!r} is needed; "
+                f"{_REFUSALS[record.kind, self._kind]}."
+            )
+        if self._kind == "pair" and self._needs_scores and record.scores is None:
+            raise BadRecord(
+                f"{record.origin} is a pair without scores, which this loss needs; "
+                "give a margin or the scores of chosen and rejected, or use another "
+                "loss."
+            )
+        return record
+
+    def _convert(self, index: int, record: Record) -> list[Record]:
+        kind, tally = self._kind, self._tally
         if record.kind == "ranked" and kind == "pair":
-            random = np.random.default_rng((seed, index))
-            chosen = _choose_pairs(record, pairs_from, beta, num_accepted, random)
-            converted = list(_as_pairs(record, chosen, shared=pairs_from == "all"))
+            tally["ranked"] += 1
+            random = np.random.default_rng((self._seed, index))
+            converted = list(self._pairs(record, random))
         else:
             converted = _CONVERSIONS[record.kind, kind](record)
         if not converted:
-            dropped["ties" if record.kind == "ranked" else "undesirable"] += 1
-        if kind == "pair" and needs_scores:
+            is_ranked = record.kind == "ranked"
+            tally["dropped_ties" if is_ranked else "dropped_undesirable"] += 1
+        if kind == "pair" and self._needs_scores:
             ordered = [pair for pair in converted if _is_ordered(pair)]
-            dropped["misordered"] += len(converted) - len(ordered)
+            tally["dropped_misordered"] += len(converted) - len(ordered)
             converted = ordered
-        found += converted
-    return found, _count(len(records), len(found), kind, dropped)
+        return converted
+
+    def _pairs(self, record: Record, random: np.random.Generator) -> Iterator[Record]:
+        places = _choose_pairs(
+            record, self._pairs_from, self._beta, self._num_accepted, random
+        )
+        return _as_pairs(record, places, shared=self._pairs_from == "all")
+
+    def _check_all(self) -> None:
+        if self._pairs_from != "best_worst" and not self._tally["ranked"]:
+            raise ValueError(
+                f"pairs_from is {self._pairs_from!r}, but no ranking is made into "
+                "pairs here; leave it out."
+            )
+        counts = self.counts
+        if not counts.records:
+            raise ValueError(
+                f"Of {counts.read} records none is left as {self._kind!r}: "
+                f"{counts.dropped_ties} are ties, {counts.dropped_undesirable} "
+                f"undesirable and {counts.dropped_misordered} have a chosen score that "
+                "is not the larger one."
+            )
 
 
 def accept(
@@ -136,7 +220,7 @@ def accept(
     return accepted[:num_accepted]
 
 
-def _check_sampling(pairs_from: PairsFrom, beta: float, num_accepted: int) -> None:
+def _check(pairs_from: PairsFrom, beta: float, num_accepted: int) -> None:
     if pairs_from not in ("best_worst", "all", "rso"):
         raise ValueError(
             f"pairs_from is {pairs_from!r}; it must be 'best_worst', 'all' or 'rso'."
@@ -146,45 +230,6 @@ def _check_sampling(pairs_from: PairsFrom, beta: float, num_accepted: int) -> No
             f"Rejection sampling has beta {beta} and accepts {num_accepted}; beta must "
             "be positive, and two or more must be accepted to make a pair."
         )
-
-
-def _checked(record: Record, kind: Kind, needs_scores: bool) -> Record:
-    """The record, if it can be of that kind."""
-    if (record.kind, kind) in _REFUSALS:
-        raise BadRecord(
-            f"{record.origin} is {record.kind!r} and {kind!r} is needed; "
-            f"{_REFUSALS[record.kind, kind]}."
-        )
-    if kind == "pair" and needs_scores and record.scores is None:
-        raise BadRecord(
-            f"{record.origin} is a pair without scores, which this loss needs; give a "
-            "margin or the scores of chosen and rejected, or use another loss."
-        )
-    return record
-
-
-def _check_use(records: Sequence[Record], kind: Kind, pairs_from: PairsFrom) -> None:
-    is_used = kind == "pair" and any(record.kind == "ranked" for record in records)
-    if pairs_from != "best_worst" and not is_used:
-        raise ValueError(
-            f"pairs_from is {pairs_from!r}, but no ranking is made into pairs here; "
-            "leave it out."
-        )
-
-
-def _count(
-    num_read: int, num_found: int, kind: Kind, dropped: Counter[str]
-) -> ConversionCounts:
-    names = ("ties", "undesirable", "misordered")
-    counts = ConversionCounts(num_read, num_found, *(dropped[name] for name in names))
-    if not num_found:
-        raise ValueError(
-            f"Of {num_read} records none is left as {kind!r}: {counts.dropped_ties} "
-            f"are ties, {counts.dropped_undesirable} undesirable and "
-            f"{counts.dropped_misordered} have a chosen score that is not the larger "
-            "one."
-        )
-    return counts
 
 
 def _choose_pairs(

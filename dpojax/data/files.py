@@ -1,38 +1,59 @@
 """Files and hub names to rows, each with its origin.
 
 JSON Lines (also gzip) are read here, line by line, so that an error names its line;
-the rest is `dpojax.data.saved_datasets`' concern. This file does not know what a row
-holds.
+the rest is `dpojax.data.saved_datasets`' concern. Rows are read when they are asked
+for, and none is kept: data may be larger than memory. This file does not know what a
+row holds.
 """
 
 import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Protocol
 
 from dpojax.data.bad_records import BadRecord
 from dpojax.data.fields import Row
-
-Splits = dict[str | None, list[Row | BadRecord]]
 
 # Characters. Decompressed, a small file can be one line that fills the memory.
 _LONGEST_LINE = 2**28
 
 
-def read_splits(source: str) -> Splits:
-    """Rows by split, and what is none; None stands for data that has no splits."""
+class Rows(Protocol):
+    """The rows of one split, which are not read yet."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Where all their contents are; empty if some of them are in no file."""
+        ...
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def read(
+        self, places: Iterable[int], all_checked: bool
+    ) -> Iterator[Row | BadRecord]:
+        """The rows in these places, which ascend, and what is none.
+
+        Args:
+          places: of rows.
+          all_checked: whether what is no row is refused wherever it is.
+        """
+        ...
+
+
+def read_splits(source: str) -> dict[str | None, Rows]:
+    """Rows by split; None stands for data that has no splits."""
     path = Path(source)
     if path.is_file() and path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        return {None: list(_read_json_lines(path))}
+        return {None: JsonLines(path)}
     # Only here: it takes a second and 80 MB, which a run of JSON Lines has no use for.
     from dpojax.data.saved_datasets import load_dataset
 
-    def rows(part: Iterable[dict[str, Any]]) -> list[Row | BadRecord]:
-        return [Row(row, f"{source}, row {number}") for number, row in enumerate(part)]
-
-    return {name: rows(part) for name, part in load_dataset(source).items()}
+    return {**load_dataset(source)}
 
 
 def checked_row(row: Row | BadRecord) -> Row:
@@ -46,19 +67,55 @@ def checked_row(row: Row | BadRecord) -> Row:
     return row
 
 
-def _read_json_lines(path: Path) -> Iterator[Row | BadRecord]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        # What is no UTF-8 becomes halves of surrogate pairs, which are found below.
-        with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
-            for number, line in enumerate(_lines(file, path), start=1):
-                if line.strip():
-                    yield _parse(line, f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{path} cannot be read after line {number}: {error}."
-        ) from error
+class JsonLines:
+    """The objects of a file that has one on each line; blank lines are none."""
+
+    def __init__(self, path: Path):
+        """Reads nothing yet."""
+        self.files = [path]
+
+    @cached_property
+    def _count(self) -> int:
+        return sum(1 for _ in self._lines())
+
+    def __len__(self) -> int:
+        """How many lines are not blank."""
+        return self._count
+
+    def read(
+        self, places: Iterable[int], all_checked: bool
+    ) -> Iterator[Row | BadRecord]:
+        """The rows in these places, which ascend, and what is none.
+
+        Raises:
+          BadRecord: naming a line that is no row, if all are checked.
+        """
+        wanted = iter(places)
+        place = next(wanted, None)
+        for index, (number, line) in enumerate(self._lines()):
+            if index != place and not all_checked:
+                continue
+            row = _parse(line, f"{self.files[0]}, line {number}")
+            if all_checked:
+                checked_row(row)
+            if index == place:
+                yield row
+                place = next(wanted, None)
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        path = self.files[0]
+        opener = gzip.open if path.suffix == ".gz" else open
+        number = 0
+        try:
+            # What is no UTF-8 becomes halves of surrogate pairs, which are found later.
+            with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
+                for number, line in enumerate(_lines(file, path), start=1):
+                    if line.strip():
+                        yield number, line
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{path} cannot be read after line {number}: {error}."
+            ) from error
 
 
 def _lines(file: IO[str], path: Path) -> Iterator[str]:

@@ -5,7 +5,6 @@ Which examples share a batch is `dpojax.data.order`'s concern, and which share a
 needs nothing else. This file knows neither text nor devices.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import grain
 import numpy as np
 
 from dpojax.batch import Batch
+from dpojax.data.flat_examples import Fingerprint, FlatExamples
 from dpojax.data.order import WINDOW, Places, make_order
 from dpojax.data.packing import (
     Example,
@@ -230,12 +230,9 @@ def _planned_lengths(
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """A hash of every token id and boundary, and of what was said of each example."""
-    digest = hashlib.sha256()
+    if isinstance(examples, FlatExamples):
+        return examples.fingerprint
+    fingerprint = Fingerprint()
     for example in examples:
-        digest.update(np.int64(len(example.completions)).tobytes())
-        for tokens in (example.prompt, *example.completions):
-            digest.update(np.int64(len(tokens)).tobytes() + tokens.tobytes())
-        digest.update(repr((example.scores, example.weight)).encode())
-        for mask in example.masks or ():
-            digest.update(mask.tobytes())
-    return digest.hexdigest()
+        fingerprint.add(example)
+    return fingerprint.hexdigest()

@@ -3,6 +3,7 @@
 This file knows neither text nor where examples come from, nor why they share a row.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,18 @@ class Example(NamedTuple):
     reference_prefix: tuple[float, ...] | None = None
 
 
+class MeasuredExamples(Sequence[Example]):
+    """Examples whose sizes are known without looking at each of them."""
+
+    @abstractmethod
+    def row_lengths(self) -> Lengths:
+        """Positions that each example takes, see `row_length`."""
+
+    @abstractmethod
+    def most_completions(self) -> int:
+        """The most completions that an example has."""
+
+
 def every_row(num_rows: int) -> Iterable[int]:
     """The `OwnRows` of a process that is alone."""
     return range(num_rows)
@@ -43,6 +56,8 @@ def row_length(example: Example) -> int:
 
 def row_lengths(examples: Sequence[Example]) -> Lengths:
     """Positions that each example takes."""
+    if isinstance(examples, MeasuredExamples):
+        return examples.row_lengths()
     return np.array([row_length(example) for example in examples], int)
 
 
@@ -110,6 +125,8 @@ def pack(
 
 def most_completions(examples: Sequence[Example]) -> int:
     """The most completions that an example has."""
+    if isinstance(examples, MeasuredExamples):
+        return examples.most_completions()
     return max(len(example.completions) for example in examples)
 
 

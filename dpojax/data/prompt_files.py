@@ -35,7 +35,8 @@ def read_prompts(name: str) -> list[Text]:
 
 
 def _of_rows(name: str) -> Iterator[Text]:
-    for row in read_splits(name)[None]:
+    rows = read_splits(name)[None]
+    for row in rows.read(range(len(rows)), all_checked=False):
         yield _of_row(checked_row(row))
 
 

@@ -1,29 +1,25 @@
 """Preference data to records: reading, cutting into splits, mixing, converting.
 
-`load_records` is what a run calls. Files are `dpojax.data.files`' concern, columns
-`dpojax.data.formats`', and what one kind of supervision is made from another
-`dpojax.data.conversions`'.
+`select_records` and `dpojax.data.conversions.Conversion` are what a run calls: they
+make a record when it is its turn, so that memory holds few of them, however many there
+are. Files are `dpojax.data.files`' concern, columns `dpojax.data.formats`', and what
+one kind of supervision is made from another `dpojax.data.conversions`'.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 
-import numpy as np
-
-from dpojax.data.bad_records import BadRecord, BadRecords, usable
+from dpojax.data.bad_records import BadRecords
 from dpojax.data.conversions import (
     NUM_ACCEPTED,
     REJECTION_BETA,
+    Conversion,
     ConversionCounts,
     PairsFrom,
-    as_kind,
 )
-from dpojax.data.fields import Kind, Record, Row
-from dpojax.data.files import checked_row, read_splits
-from dpojax.data.formats import as_record, rename_columns
-
-_MOST_TIMES = 1000  # that a record is repeated
+from dpojax.data.fields import Kind, Record
+from dpojax.data.selection import Selection, select, weigh_places
 
 
 def load_records(
@@ -65,19 +61,18 @@ def load_records(
     Raises:
       ValueError: as `read_records`, `weigh` and `as_kind` do.
     """
-    read = partial(
-        read_records,
-        split=split,
-        columns=columns,
-        test_size=test_size,
-        max_examples=max_examples,
-        bad=bad,
-    )
-    mixed: list[Record] = []
-    for source, weight in _with_weights(sources, weights):
-        mixed += weigh(read(source), weight)
-    return as_kind(
-        mixed,
+    conversion = Conversion(
+        chain.from_iterable(
+            select_records(
+                sources,
+                split=split,
+                weights=weights,
+                columns=columns,
+                test_size=test_size,
+                max_examples=max_examples,
+                bad=bad,
+            )
+        ),
         kind,
         pairs_from=pairs_from,
         beta=beta,
@@ -86,6 +81,35 @@ def load_records(
         needs_scores=needs_scores,
         bad=bad,
     )
+    return list(conversion), conversion.counts
+
+
+def select_records(
+    sources: Sequence[str],
+    *,
+    split: str,
+    weights: Sequence[float] | None = None,
+    columns: Mapping[str, str] | None = None,
+    test_size: float = 0.05,
+    max_examples: int | None = None,
+    bad: BadRecords | None = None,
+) -> list[Selection]:
+    """One split of several data sets, none of whose rows is read yet.
+
+    Takes what `load_records` takes; going through the records raises what it raises.
+    """
+    selected = partial(
+        select,
+        split=split,
+        columns=columns,
+        test_size=test_size,
+        max_examples=max_examples,
+        bad=bad,
+    )
+    return [
+        selected(source).weigh(weight)
+        for source, weight in _with_weights(sources, weights)
+    ]
 
 
 def read_records(
@@ -119,68 +143,22 @@ def read_records(
       ValueError: naming file and line for what cannot be read, and the columns or the
         splits there are for one that is missing.
     """
-    if not 0 <= test_size < math.inf:
-        raise ValueError(
-            f"test_size is {test_size}; it must not be negative, but a number."
+    return list(
+        select(
+            source,
+            split=split,
+            columns=columns,
+            test_size=test_size,
+            max_examples=max_examples,
+            bad=bad,
         )
-    if max_examples is not None and max_examples < 1:
-        raise ValueError(f"max_examples is {max_examples}; it must be positive.")
-    splits = read_splits(source)
-    if bad is None:  # wherever it is
-        for part in splits.values():
-            usable(checked_row, part, None)
-    # A lone "train" is all there is: taken whole, it would hold the test split too.
-    whole = splits.keys() not in ({None}, {"train"})
-    if whole and split not in splits:
-        raise ValueError(
-            f"{source} has no split {split!r}; it has {', '.join(map(str, splits))}."
-        )
-    rows = splits[split] if whole else next(iter(splits.values()))
-    if max_examples is not None and max_examples < len(rows):
-        order = np.random.default_rng(0).permutation(len(rows))
-        rows = [rows[index] for index in sorted(order[:max_examples])]
-    if not whole:
-        rows = _cut(rows, source, split, test_size)
-    if not rows:
-        raise ValueError(
-            f"{source} has no examples in its split {split!r}; "
-            "give other data or another test_size."
-        )
-    if bad is not None:
-        bad.count(len(rows))
-
-    def read(row: Row | BadRecord) -> Record:
-        return as_record(rename_columns(checked_row(row), columns or {}))
-
-    return usable(read, rows, bad)
+    )
 
 
 def weigh(records: Sequence[Record], weight: float) -> list[Record]:
-    """Repeats records, or keeps a share of them, in their order.
-
-    Args:
-      records: of one data set.
-      weight: 2.5 gives every record twice and half of them, chosen at random, once
-        more; 0.3 keeps three in ten. The choice is the same every time.
-
-    Raises:
-      ValueError: if `weight` is not positive, or so small that no record is left.
-    """
-    if not 0 < weight <= _MOST_TIMES:
-        raise ValueError(
-            f"A data set's weight is {weight}; it must be positive, and at most "
-            f"{_MOST_TIMES}."
-        )
-    times, share = divmod(weight, 1)
-    order = np.random.default_rng(0).permutation(len(records))
-    more = sorted(order[: round(share * len(records))])
-    weighed = list(records) * int(times) + [records[index] for index in more]
-    if not weighed:
-        raise ValueError(
-            f"A weight of {weight} leaves none of {len(records)} records; give a "
-            "larger weight or leave the data set out."
-        )
-    return weighed
+    """Repeats records or keeps a share of them, in their order, as `weigh_places`."""
+    passes = weigh_places(len(records), weight)
+    return [records[place] for places in passes for place in places]
 
 
 def _with_weights(
@@ -198,17 +176,3 @@ def _with_weights(
             "one data set, and a weight for each or none at all."
         )
     return list(zip(sources, weights, strict=True))
-
-
-def _cut(
-    rows: list[Row | BadRecord], source: str, split: str, test_size: float
-) -> list[Row | BadRecord]:
-    if split not in ("train", "test"):
-        raise ValueError(
-            f"{source} has no split {split!r}; 'train' and 'test' can be cut off it."
-        )
-    wanted = test_size * len(rows) if test_size < 1 else test_size
-    num_test = min(len(rows), round(wanted))
-    order = np.random.default_rng(0).permutation(len(rows))
-    chosen = order[:num_test] if split == "test" else order[num_test:]
-    return [rows[index] for index in sorted(chosen)]

@@ -1,15 +1,18 @@
 """Parquet, Arrow, saved directories and the hub: what the library `datasets` reads.
 
-This file does not know what a row holds.
+Its tables are mapped into memory, and rows are made when they are asked for. This file
+does not know what a row holds.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow
 from datasets.exceptions import DatasetsError
+
+from dpojax.data.fields import Row
 
 # What the library raises for what is damaged, or of another form than it expects.
 _FAILURES = (
@@ -22,9 +25,41 @@ _FAILURES = (
     pyarrow.ArrowException,
     DatasetsError,
 )
+_AT_ONCE = 1_000  # rows that are made at one time
 
 
-def load_dataset(source: str) -> dict[str | None, list[dict[str, Any]]]:
+class Table:
+    """The rows of one split."""
+
+    def __init__(self, part: datasets.Dataset, source: str):
+        """Reads nothing yet."""
+        self._part, self._source = part, source
+        self.files = [Path(file["filename"]) for file in part.cache_files]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._part)
+
+    def read(self, places: Iterable[int], all_checked: bool) -> Iterator[Row]:
+        """The rows in these places, each with its number; every row is one.
+
+        Raises:
+          ValueError: for what cannot be read.
+        """
+        chosen = list(places)
+        for start in range(0, len(chosen), _AT_ONCE):
+            some = chosen[start : start + _AT_ONCE]
+            try:
+                rows = self._part.select(some).to_list()
+            except (ValueError, pyarrow.ArrowException) as error:
+                raise ValueError(
+                    f"{self._source} cannot be read: {_first_sentence(error)}"
+                ) from error
+            for number, row in zip(some, rows, strict=True):
+                yield Row(row, f"{self._source}, row {number}")
+
+
+def load_dataset(source: str) -> dict[str | None, Table]:
     """Rows by split; None stands for data that has no splits.
 
     Raises:
@@ -34,14 +69,9 @@ def load_dataset(source: str) -> dict[str | None, list[dict[str, Any]]]:
     is_file = path.suffix in (".jsonl", ".json", ".gz", ".parquet", ".arrow")
     local = path.exists() or is_file
     found = _load_local(path) if local else _load_from_hub(source)
-    try:
-        if isinstance(found, datasets.Dataset):
-            return {None: found.to_list()}
-        return {str(name): part.to_list() for name, part in found.items()}
-    except (ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"{source} cannot be read: {_first_sentence(error)}"
-        ) from error
+    if isinstance(found, datasets.Dataset):
+        return {None: Table(found, source)}
+    return {str(name): Table(part, source) for name, part in found.items()}
 
 
 def _load_local(path: Path) -> datasets.Dataset | datasets.DatasetDict:

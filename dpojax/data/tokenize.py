@@ -9,8 +9,7 @@ with EOS once. Rows and batches are not this file's concern.
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpojax.data.bad_records import BadRecords, cut, usable
+from dpojax.data.bad_records import BadRecords, usable
 from dpojax.data.chats import (
     Piece,
     Rendered,
@@ -32,7 +31,9 @@ from dpojax.data.chats import (
     render,
 )
 from dpojax.data.conversions import ConversionCounts
+from dpojax.data.encode import MISFIT, encode, encode_ahead, refusing_failure
 from dpojax.data.fields import Record, Text
+from dpojax.data.flat_examples import ExampleWriter, FlatExamples
 from dpojax.data.packing import Example
 from dpojax.data.tokenizer_files import check_files, check_templates
 
@@ -73,7 +74,7 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
     """
     path = Path(source)
     check_files(path)
-    with _refusing_failure(f"No tokenizer can be read from {source}"):
+    with refusing_failure(f"No tokenizer can be read from {source}"):
         if path.is_file():
             tokenizer = _load_file(path)
         else:
@@ -95,15 +96,16 @@ def load_tokenizer(source: str | Path, eos_token: str | None = None) -> Tokenize
 
 
 def tokenize_records(
-    records: Sequence[Record],
+    records: Iterable[Record],
     tokenizer: Tokenizer,
     *,
     max_length: int = 1024,
     too_long: TooLong = "truncate",
     turns: Turns = "all",
     bad: BadRecords | None = None,
-) -> tuple[list[Example], Counts]:
-    """Tokenises records.
+    writer: ExampleWriter | None = None,
+) -> tuple[FlatExamples, Counts]:
+    """Tokenises records, a few at a time.
 
     An example is too long when its prompt and its longest completion exceed
     `max_length` together. Then either it is dropped; or the prompt keeps its last
@@ -118,6 +120,7 @@ def tokenize_records(
       turns: whether every turn of a chat's completion is scored, or the assistant's.
       bad: where records whose chat template fails are noted, which are left out; None:
         the first one stops.
+      writer: collects the examples; by default in memory.
 
     Returns:
       The examples, and the counts of what was cut or left out.
@@ -128,50 +131,53 @@ def tokenize_records(
     """
     if max_length < 4:
         raise ValueError(f"max_length is {max_length}; it must be at least 4.")
-    if turns == "assistant" and all(isinstance(r.prompt, str) for r in records):
-        raise ValueError(
-            "Only the assistant's turns are to be scored, but no record is a chat; "
-            "leave turns at 'all'."
-        )
+    tally: Counter[str] = Counter()
+    writer = ExampleWriter() if writer is None else writer
+    ends = _ends(tokenizer)
 
-    def rendered_with(record: Record) -> tuple[Record, Rendered]:
+    def rendered(record: Record) -> tuple[Record, Rendered]:
+        tally["chats"] += not isinstance(record.prompt, str)
         return record, render(record, tokenizer, turns)
 
-    rendered = usable(rendered_with, records, bad)
-    tally: Counter[str] = Counter()
-    examples: list[Example] = []
-    for record, ids in _encode(rendered, tokenizer):
+    for record, ids in _encode(usable(rendered, records, bad), tokenizer, ends):
+        tally["records"] += 1
         if ids.length > max_length:
             if too_long == "drop":
                 tally["dropped_too_long"] += 1
                 continue
-            ids = _cut(ids, max_length, _bos(tokenizer), tally)
+            ids = _cut(ids, max_length, ends.bos, tally)
         completions = ids.completions
-        if not all(map(any, ids.masks)):
+        if ids.masks is not None and not all(map(any, ids.masks)):
             tally["dropped_unscored"] += 1
         elif len(completions) > 1 and all(c == completions[0] for c in completions):
             tally["dropped_identical"] += 1
         else:
-            examples.append(_as_example(ids, record))
-    names = Counts._fields[2:]
-    counts = Counts(len(rendered), len(examples), *(tally[name] for name in names))
-    if not examples:
+            tally["examples"] += 1
+            writer.append(_as_example(ids, record))
+    if turns == "assistant" and not tally["chats"]:
+        raise ValueError(
+            "Only the assistant's turns are to be scored, but no record is a chat; "
+            "leave turns at 'all'."
+        )
+    counts = Counts(*(tally[name] for name in Counts._fields))
+    if not counts.examples:
         raise ValueError(
             f"Of {counts.records} records none is left: {counts.dropped_too_long} "
             f"exceed max_length {max_length} and {counts.dropped_identical} have "
             f"identical completions, and of {counts.dropped_unscored} nothing is "
             "scored."
         )
-    return examples, counts
+    return writer.finish(), counts
 
 
 def encode_prompt(prompt: Text, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a prompt to be continued, as in training."""
+    ends = _ends(tokenizer)
     if isinstance(prompt, str):
         check_text(prompt, "The prompt")
-        return _with_bos(_ids(tokenizer, [prompt])[0], tokenizer, _adds_bos(tokenizer))
+        return _with_bos(encode(tokenizer, [prompt])[0], ends, ends.adds_bos)
     text = render(Record(prompt, (), "The prompt"), tokenizer).prompt
-    return _with_bos(_ids(tokenizer, [text])[0], tokenizer, False)
+    return _with_bos(encode(tokenizer, [text])[0], ends, False)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int, model: str) -> None:
@@ -200,12 +206,20 @@ def _load_file(path: Path) -> Tokenizer:
     return GPT2Tokenizer(vocab=str(path), merges=str(merges[0]))
 
 
+class _Ends(NamedTuple):
+    """The tokens with which sequences begin and end."""
+
+    bos: int | None
+    eos: int
+    adds_bos: bool  # to a text
+
+
 class _Ids(NamedTuple):
-    """A record as token ids; the masks say which are scored."""
+    """A record as token ids; the masks say which are scored, None that all are."""
 
     prompt: list[int]
     completions: list[list[int]]
-    masks: list[list[bool]]
+    masks: list[list[bool]] | None
 
     @property
     def length(self) -> int:
@@ -213,32 +227,32 @@ class _Ids(NamedTuple):
 
 
 def _encode(
-    rendered: Sequence[tuple[Record, Rendered]], tokenizer: Tokenizer
+    rendered: Iterable[tuple[Record, Rendered]], tokenizer: Tokenizer, ends: _Ends
 ) -> Iterator[tuple[Record, _Ids]]:
-    prompts = _ids(tokenizer, [texts.prompt for _, texts in rendered])
-    pieces = [
-        piece.text
-        for _, texts in rendered
-        for completion in texts.completions
-        for piece in completion
-    ]
-    piece_ids = iter(_ids(tokenizer, pieces))
-    adds_bos = _adds_bos(tokenizer)
-    for (record, texts), prompt in zip(rendered, prompts, strict=True):
-        is_text = isinstance(record.prompt, str)
-        joined = [_join(some, piece_ids, tokenizer) for some in texts.completions]
-        yield (
-            record,
-            _Ids(
-                _with_bos(prompt, tokenizer, adds_bos and is_text),
-                [ids for ids, _ in joined],
-                [mask for _, mask in joined],
-            ),
-        )
+    for (record, texts), ids in encode_ahead(tokenizer, rendered, _texts):
+        adds_bos = ends.adds_bos and isinstance(record.prompt, str)
+        prompt = _with_bos(ids[0], ends, adds_bos)
+        piece_ids = iter(ids[1:])
+        completions = [_join(some, piece_ids, ends.eos) for some in texts.completions]
+        masks = None
+        if not all(map(_is_scored, texts.completions)):
+            masks = [mask for _, mask in completions]
+        yield record, _Ids(prompt, [ids for ids, _ in completions], masks)
+
+
+def _is_scored(pieces: Sequence[Piece]) -> bool:
+    return bool(pieces) and all(piece.is_scored for piece in pieces)
+
+
+def _texts(item: tuple[Record, Rendered]) -> list[str]:
+    """What is tokenised of a record, each apart."""
+    _, rendered = item
+    pieces = (piece.text for some in rendered.completions for piece in some)
+    return [rendered.prompt, *pieces]
 
 
 def _join(
-    pieces: Sequence[Piece], piece_ids: Iterator[list[int]], tokenizer: Tokenizer
+    pieces: Sequence[Piece], piece_ids: Iterator[list[int]], eos: int
 ) -> tuple[list[int], list[bool]]:
     """The pieces of a completion, whose last one ends with EOS, and their mask."""
     ids: list[int] = []
@@ -246,7 +260,7 @@ def _join(
     for number, piece in enumerate(pieces, start=1):
         some = next(piece_ids)
         if number == len(pieces):
-            some = _with_eos(some, tokenizer)
+            _end_with(some, eos)
         ids += some
         mask += [piece.is_scored] * len(some)
     return ids, mask
@@ -259,77 +273,42 @@ def _cut(ids: _Ids, max_length: int, bos: int | None, tally: Counter[str]) -> _I
     tally["truncated_prompts"] += len(prompt) < len(ids.prompt)
     tally["truncated_completions"] += sum(len(c) > room for c in ids.completions)
     completions = [completion[:room] for completion in ids.completions]
-    return _Ids(prompt, completions, [mask[:room] for mask in ids.masks])
+    masks = None if ids.masks is None else [mask[:room] for mask in ids.masks]
+    return _Ids(prompt, completions, masks)
 
 
 def _as_example(ids: _Ids, record: Record) -> Example:
     masks = None
-    if not all(map(all, ids.masks)):
+    if ids.masks is not None and not all(map(all, ids.masks)):
         masks = tuple(np.asarray(mask, np.bool_) for mask in ids.masks)
     completions = tuple(np.asarray(some, np.int32) for some in ids.completions)
     prompt = np.asarray(ids.prompt, np.int32)
     return Example(prompt, completions, record.scores, record.weight, masks)
 
 
-def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    with _refusing_failure("The tokenizer fails, so its files do not fit each other"):
-        # verbose=False: a text longer than the model's own limit is dealt with here.
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-@contextmanager
-def _refusing_failure(what: str) -> Iterator[None]:
-    """Says what it is, whichever way two libraries fail on files of strangers.
-
-    The tokenizers library raises bare Exceptions, and others where its Rust panics;
-    transformers whatever a value of a wrong kind leads to.
-    """
-    try:
-        yield
-    except BaseException as error:
-        is_panic = type(error).__name__ == "PanicException"
-        if not is_panic and not isinstance(error, Exception):
-            raise
-        reason = " ".join(cut(str(error)).split())
-        raise ValueError(f"{what}: {reason}") from error
-
-
-def _with_bos(ids: list[int], tokenizer: Tokenizer, adds_bos: bool) -> list[int]:
+def _with_bos(ids: list[int], ends: _Ends, adds_bos: bool) -> list[int]:
     """BOS once: where the tokenizer adds one, or nothing else could start the row.
 
     A chat template writes its own BOS or means to have none.
     """
-    bos = _bos(tokenizer)
+    bos = ends.bos
     if not ids:
-        return [_eos(tokenizer) if bos is None else bos]
+        return [ends.eos if bos is None else bos]
     return [bos, *ids] if adds_bos and bos is not None and ids[0] != bos else ids
 
 
-def _adds_bos(tokenizer: Tokenizer) -> bool:
-    bos = _bos(tokenizer)
-    with _refusing_failure("The tokenizer fails, so its files do not fit each other"):
-        return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+def _ends(tokenizer: Tokenizer) -> _Ends:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert isinstance(eos, int) and (bos is None or isinstance(bos, int))
+    with refusing_failure(MISFIT):
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return _Ends(bos, eos, adds_bos)
 
 
-def _bos(tokenizer: Tokenizer) -> int | None:
-    token = tokenizer.bos_token_id
-    assert token is None or isinstance(token, int)
-    return token
-
-
-def _eos(tokenizer: Tokenizer) -> int:
-    token = tokenizer.eos_token_id
-    assert isinstance(token, int)
-    return token
-
-
-def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    end, eos = len(ids), _eos(tokenizer)
-    while end and ids[end - 1] == eos:
-        end -= 1
-    return [*ids[:end], eos]
+def _end_with(ids: list[int], eos: int) -> None:
+    while ids and ids[-1] == eos:
+        ids.pop()
+    ids.append(eos)
 
 
 def _last(ids: list[int], count: int, bos: int | None) -> list[int]:
