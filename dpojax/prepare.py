@@ -234,10 +234,12 @@ def load_examples(
         "needs_scores": "score" in loss.needs,
     }
     tokenized = {"max_length": max_length, "too_long": too_long, "turns": turns}
+    bad = BadRecords() if on_bad_record == "skip" else None
+    selections = select_records(sources, **selected, bad=bad)
 
     def prepare(directory: Path | None) -> Prepared:
-        bad = BadRecords() if on_bad_record == "skip" else None
-        selections = select_records(sources, **selected, bad=bad)
+        if bad is not None:
+            bad.clear()
         num_rows = sum(map(len, selections))
         with track(f"Preparing {split}", total=num_rows) as advance:
             records = _counted(chain.from_iterable(selections), advance)
@@ -249,8 +251,10 @@ def load_examples(
         left_out = Skipped(split, (), 0) if bad is None else bad.of_split(split)
         return Prepared(examples, conversion.counts, counts, left_out, writer.hashes())
 
-    files = [selection.files for selection in select_records(sources, **selected)]
+    files = [selection.files for selection in selections]
     settings = selected | converted | tokenized | {"on_bad_record": on_bad_record}
+    if bad is not None:
+        settings |= {"sources": list(sources)}  # which are named where one is bad
     prepared = load(default_root(), make_key(files, tokenizer, settings), prepare)
     examples = prepared.examples
     say(f"{split}: {describe(prepared.conversion)}; {describe(prepared.counts)}")

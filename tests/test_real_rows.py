@@ -102,9 +102,11 @@ def real_pairs(shared: Path, count: int) -> list[Example]:
     examples, _ = tokenize_records(
         records, tokenizer, max_length=MOST_TOKENS, too_long="drop"
     )
-    examples.sort(key=lambda e: len(e.prompt) + sum(map(len, e.completions)))
-    places = np.linspace(0, len(examples) - 1, count).astype(int)
-    return [folded(examples[place]) for place in places]
+    by_length = sorted(
+        examples, key=lambda e: len(e.prompt) + sum(map(len, e.completions))
+    )
+    places = np.linspace(0, len(by_length) - 1, count).astype(int)
+    return [folded(by_length[place]) for place in places]
 
 
 def folded(example: Example) -> Example:

@@ -38,6 +38,11 @@ class BadRecords:
         self._reasons: dict[str, None] = {}  # a record that is repeated is bad once
         self._num_records = 0
 
+    def clear(self) -> None:
+        """Forgets what was noted, where all records are gone through once more."""
+        self._reasons.clear()
+        self._num_records = 0
+
     def count(self, num_records: int) -> None:
         """Notes how many records a data set has, the bad ones included."""
         self._num_records += num_records

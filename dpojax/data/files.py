@@ -93,6 +93,8 @@ class JsonLines:
         wanted = iter(places)
         place = next(wanted, None)
         for index, (number, line) in enumerate(self._lines()):
+            if index != place and not all_checked:
+                continue
             row = _parse(line, f"{self.files[0]}, line {number}")
             if all_checked:
                 checked_row(row)

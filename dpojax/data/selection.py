@@ -73,9 +73,13 @@ class Selection:
         bad = self._bad
         if bad is not None:  # of several passes, the largest has all rows of the others
             bad.count(max(map(len, self._passes)))
-        for places in self._passes:
-            rows = self._rows.read(places.tolist(), all_checked=bad is None)
-            yield from usable(self._record, rows, bad)
+        # One after another, but together: of a few that stand once more all may be bad.
+        rows = (
+            row
+            for places in self._passes
+            for row in self._rows.read(places.tolist(), all_checked=bad is None)
+        )
+        yield from usable(self._record, rows, bad)
 
     def _record(self, row: Row | BadRecord) -> Record:
         return as_record(rename_columns(checked_row(row), self._columns))
