@@ -2,8 +2,9 @@
 
 One such update would leave no weight that is a number, and with it would go the state
 that tells how it came about. So the step chooses, array by array, between what it has
-computed and what it was given. The compiler does so where it writes the new value
-anyway: no array is read or written once more. This file knows no model and no loss.
+computed and what it was given. The compiler does so where it writes a parameter's new
+value anyway. The optimiser's old statistics are kept only where the run goes on: on
+CPUs that takes the memory of a few arrays. This file knows no model and no loss.
 """
 
 from functools import partial

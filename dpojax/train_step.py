@@ -116,8 +116,9 @@ def make_train_step(
       on_nan: what a step does whose loss or gradient is not finite. With ``"skip"`` it
         leaves parameters, the optimiser's statistics and the loss's as they were; the
         number of the step, and with it the data, the schedule and a moving reference,
-        goes on. With ``"stop"`` so do all steps after it, and the state is `halted`:
-        whoever drives the steps can find out later, and look at what the step saw.
+        goes on. With ``"stop"`` no step after it changes the parameters, and the state
+        is `halted`: whoever drives the steps can find out later, and look at what the
+        step saw. The optimiser's statistics are no numbers then.
       around: brings the optimiser's state to the devices and back, see
         `dpojax.offloading.fetch_state`.
       state_shardings: a sharding for each array of the state. Given, the compiler
@@ -146,7 +147,10 @@ def make_train_step(
     gradient = make_gradient(
         measure_trained, loss, num_microbatches, aux_loss_coefficient
     )
-    update = around(hold(optimizer)).update
+    # Where the run ends nobody wants the optimiser's statistics, and to keep the old
+    # ones takes the memory of some.
+    whole = optax.with_extra_args_support(optimizer)
+    update = around(hold(optimizer) if on_nan == "skip" else whole).update
 
     def train_step(
         state: TrainState, reference: Params | None, batch: Batch
