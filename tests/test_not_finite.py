@@ -359,7 +359,7 @@ def test_a_run_names_the_example_and_goes_on_without_it_where_it_is_told_to(
         load_split(config, loss, tokenizer, name) for name in ("train", "test")
     )
     settings: dict[str, Any] = {"batch_size": 4, "num_seen": 16, "seed": 0}
-    lengths = [[len(tokens) for tokens in one.completions] for one in train + test]
+    lengths = [[len(tokens) for tokens in one.completions] for one in (*train, *test)]
     bad = next(
         number
         for row in locate(train, 1, **settings)
