@@ -8,7 +8,7 @@ import pytest
 from test_tokenize import TURNS, make_tokenizer
 
 from dpojax.config import TrainConfig
-from dpojax.data.bad_records import BadRecords, Skipped, describe_skipped
+from dpojax.data.bad_records import BadRecords, Skipped, describe_skipped, usable
 from dpojax.data.fields import Kind
 from dpojax.data.records import Record, load_records, read_records, select_records
 from dpojax.data.tokenize import tokenize_records
@@ -130,6 +130,12 @@ def test_bad_records_are_noted_when_they_come_by(tmp_path: Path):
     noted = [(one.prompt, len(bad.of_split("train").reasons)) for one in selection]
     assert noted == [("p1", 0), ("p3", 1)]
     assert len(bad.of_split("train").reasons) == 2
+
+
+def test_no_item_is_taken_before_its_turn():
+    items = iter(range(3))
+    assert next(usable(str, items, BadRecords())) == "0"
+    assert list(items) == [1, 2]
 
 
 def test_a_wrong_setting_is_no_bad_record(tmp_path: Path):

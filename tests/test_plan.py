@@ -1,6 +1,7 @@
 """Which examples share batches and rows. Knows lengths only, but for the real data."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +233,7 @@ def test_ten_thousand_rows_are_planned_in_under_a_second():
 # -- Real data ------------------------------------------------------------------------
 
 
-def conversations(shared: Path, max_length: int) -> list[Example]:
+def conversations(shared: Path, max_length: int) -> Sequence[Example]:
     """Pairs of Anthropic's Helpful and Harmless, in GPT-2's tokens."""
     path = shared / "data" / "hh_harmless_base_test.jsonl.gz"
     records, _ = load_records([str(path)], split="train", kind="pair", test_size=0)

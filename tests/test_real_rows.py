@@ -102,7 +102,9 @@ def real_pairs(shared: Path, count: int) -> list[Example]:
     examples, _ = tokenize_records(
         records, tokenizer, max_length=MOST_TOKENS, too_long="drop"
     )
-    examples.sort(key=lambda e: len(e.prompt) + sum(map(len, e.completions)))
+    examples = sorted(
+        examples, key=lambda e: len(e.prompt) + sum(map(len, e.completions))
+    )
     places = np.linspace(0, len(examples) - 1, count).astype(int)
     return [folded(examples[place]) for place in places]
 

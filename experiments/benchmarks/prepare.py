@@ -95,7 +95,7 @@ def main(inputs: Inputs) -> None:
     write_json_lines(inputs.output / "batches.jsonl", as_rows(drawn))
 
 
-def read(data: str, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+def read(data: str, tokenizer: Tokenizer, max_length: int) -> Sequence[Example]:
     return load_examples(
         [data], make_loss("dpo"), tokenizer, split="train", max_length=max_length
     )
