@@ -8,9 +8,9 @@ import pytest
 from test_tokenize import TURNS, make_tokenizer
 
 from dpojax.config import TrainConfig
-from dpojax.data.bad_records import BadRecords, Skipped, describe_skipped
+from dpojax.data.bad_records import BadRecords, Skipped, describe_skipped, usable
 from dpojax.data.fields import Kind
-from dpojax.data.records import Record, load_records, read_records
+from dpojax.data.records import Record, load_records, read_records, select_records
 from dpojax.data.tokenize import tokenize_records
 from dpojax.prepare import load_split, make_configured_loss
 from dpojax.run_directory import write_skipped
@@ -105,6 +105,37 @@ def test_a_record_that_is_repeated_is_listed_once(tmp_path: Path):
     assert len(records) == 3
     (reason,) = bad.of_split("train").reasons
     assert reason.startswith(f"{path}, line 1 is a pair without scores")
+
+
+def test_of_records_that_stand_once_more_all_may_be_bad(tmp_path: Path):
+    lines = [good(number) for number in range(8)]
+    path = write(tmp_path / "data.jsonl", *lines)
+    prompts = [record.prompt for record in load(path, weights=[1.25])]
+    more = [int(str(prompt)[1:]) for prompt in prompts[8:]]
+    spoilt = ["{" if number in more else line for number, line in enumerate(lines)]
+    write(Path(path), *spoilt)
+    bad = BadRecords()
+    records = load(path, bad=bad, weights=[1.25])
+    assert len(more) == 2 == len(bad.of_split("train").reasons)
+    assert [r.prompt for r in records] == [
+        p for p in prompts[:8] if p not in prompts[8:]
+    ]
+    assert bad.of_split("train").num_records == 8
+
+
+def test_bad_records_are_noted_when_they_come_by(tmp_path: Path):
+    path = write(tmp_path / "data.jsonl", good(1), "{", good(3), "[]")
+    bad = BadRecords()
+    (selection,) = select_records([path], split="train", test_size=0, bad=bad)
+    noted = [(one.prompt, len(bad.of_split("train").reasons)) for one in selection]
+    assert noted == [("p1", 0), ("p3", 1)]
+    assert len(bad.of_split("train").reasons) == 2
+
+
+def test_no_item_is_taken_before_its_turn():
+    items = iter(range(3))
+    assert next(usable(str, items, BadRecords())) == "0"
+    assert list(items) == [1, 2]
 
 
 def test_a_wrong_setting_is_no_bad_record(tmp_path: Path):

@@ -8,6 +8,7 @@ import pytest
 
 from dpojax import prepare, token_cache
 from dpojax.config import TrainConfig
+from dpojax.data.bad_records import Skipped
 from dpojax.data.loader import fingerprint
 from dpojax.data.packing import Example
 from dpojax.data.synthetic import make_tokenizer
@@ -247,3 +248,61 @@ def test_batches_can_be_made_of_what_is_kept(data: Path):
     examples = load(data)
     assert all(isinstance(example, Example) for example in examples[:3])
     assert not examples[0].prompt.flags.writeable
+
+
+def spoil(data: Path) -> None:
+    """A few lines here and there can no longer be used."""
+    lines = data.read_text().splitlines()
+    lines[3::9] = ["{"] * len(lines[3::9])
+    data.write_text("\n".join(lines) + "\n")
+
+
+def load_and_skip(data: Path) -> list[Skipped]:
+    config = TrainConfig(data=(str(data),), test_size=10, on_bad_record="skip")
+    skipped: list[Skipped] = []
+    prepare.load_split(config, make_loss("dpo"), make_tokenizer(), "train", skipped)
+    return skipped
+
+
+def test_a_second_start_says_what_the_first_one_skipped(
+    data: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    spoil(data)
+    (first,) = load_and_skip(data)
+    said = capsys.readouterr().out
+    assert first.reasons and first.num_records == 30
+    assert f"skipped {len(first.reasons)} bad of 30 records: {data}, line" in said
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "tokenize_records", refuse)
+        assert load_and_skip(data) == [first]
+    assert said == capsys.readouterr().out
+    # Reasons name files.
+    other = data.rename(data.with_name("other.jsonl"))
+    (renamed,) = load_and_skip(other)
+    assert renamed.reasons[0] == first.reasons[0].replace(str(data), str(other))
+
+
+def test_what_was_prepared_without_bad_records_is_not_used_where_they_stop(
+    data: Path, root: Path
+):
+    spoil(data)
+    load_and_skip(data)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"pairs.jsonl, line 4 is not JSON"):
+            load(data)
+    assert entry(root)
+
+
+def test_what_is_prepared_twice_is_skipped_once(
+    data: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    spoil(data)
+
+    def fill(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    (first,) = load_and_skip(data)
+    token_cache.shutil.rmtree(root)
+    monkeypatch.setattr(token_cache, "_write_note", fill)
+    assert load_and_skip(data) == [first]
+    assert "cannot be written" in capsys.readouterr().out
