@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import tyro
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Orbax logs what it raises too, with a traceback for each of its threads.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.excepthook = _show_unexpected
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, FloatingPointError, OSError) as error:
@@ -112,6 +114,14 @@ def _load_experiment(path: Path) -> TrainConfig:
     if not isinstance(made, TrainConfig):
         raise ValueError(f"{path} has no function config() that returns a TrainConfig.")
     return made
+
+
+def _show_unexpected(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """A traceback, but for what TensorStore finds where Orbax has given up writing."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _where() -> str:

@@ -210,7 +210,7 @@ class _Ends(NamedTuple):
     """The tokens with which sequences begin and end."""
 
     bos: int | None
-    eos: int
+    eos: int | None
     adds_bos: bool  # to a text
 
 
@@ -233,7 +233,7 @@ def _encode(
         adds_bos = ends.adds_bos and isinstance(record.prompt, str)
         prompt = _with_bos(ids[0], ends, adds_bos)
         piece_ids = iter(ids[1:])
-        completions = [_join(some, piece_ids, ends.eos) for some in texts.completions]
+        completions = [_join(some, piece_ids, _eos(ends)) for some in texts.completions]
         masks = None
         if not all(map(_is_scored, texts.completions)):
             masks = [mask for _, mask in completions]
@@ -293,16 +293,22 @@ def _with_bos(ids: list[int], ends: _Ends, adds_bos: bool) -> list[int]:
     """
     bos = ends.bos
     if not ids:
-        return [ends.eos if bos is None else bos]
+        return [_eos(ends) if bos is None else bos]
     return [bos, *ids] if adds_bos and bos is not None and ids[0] != bos else ids
 
 
 def _ends(tokenizer: Tokenizer) -> _Ends:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    assert isinstance(eos, int) and (bos is None or isinstance(bos, int))
+    assert bos is None or isinstance(bos, int)
+    assert eos is None or isinstance(eos, int)
     with refusing_failure(MISFIT):
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return _Ends(bos, eos, adds_bos)
+
+
+def _eos(ends: _Ends) -> int:
+    assert ends.eos is not None  # `load_tokenizer` refuses those without
+    return ends.eos
 
 
 def _end_with(ids: list[int], eos: int) -> None:
