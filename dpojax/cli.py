@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import tyro
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Orbax logs what it raises too, with a traceback for each of its threads.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.excepthook = _show_unexpected
+    sys.unraisablehook = _show_unraisable
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, FloatingPointError, OSError) as error:
@@ -116,12 +115,13 @@ def _load_experiment(path: Path) -> TrainConfig:
     return made
 
 
-def _show_unexpected(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    """A traceback, but for what TensorStore finds where Orbax has given up writing."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, traceback)
+def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Shows what cannot be raised, but for writes that Orbax no longer waits for.
+
+    TensorStore reports each to an event loop that is closed once one write has failed.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _where() -> str:

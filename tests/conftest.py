@@ -39,6 +39,7 @@ _LONGEST = (
     "test_parity",
     "test_run_objectives",
     "test_loop",
+    "test_not_finite",
     "test_experts",
     "test_lora",
 )

@@ -15,6 +15,8 @@ from dpojax.config import TrainConfig
 from dpojax.run import run
 from dpojax.run_directory import open_directory
 
+pytestmark = pytest.mark.slow  # many runs
+
 Refused = Callable[..., str]
 
 
