@@ -20,6 +20,7 @@ from dpojax.command_config import BenchConfig
 from dpojax.connecting import connect
 from dpojax.data.loader import training_batches
 from dpojax.data.packing import Example
+from dpojax.examples import load_split
 from dpojax.flops import num_positions, num_sequence_tokens, step_flops
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
@@ -34,11 +35,7 @@ from dpojax.measured_steps import (
 from dpojax.placing import default_dtype
 from dpojax.policy import Policy, computed, load_policy, make_policy
 from dpojax.precompute import precompute
-from dpojax.prepare import (
-    check_settings,
-    load_split,
-    make_configured_loss,
-)
+from dpojax.prepare import check_settings, make_configured_loss
 from dpojax.progress import say, show_table
 from dpojax.reference_setting import named_reference
 from dpojax.run_log import num_parameters

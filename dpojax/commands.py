@@ -10,6 +10,7 @@ from dpojax.connecting import connect
 from dpojax.data.packing import with_mismatched
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sampled_kl
+from dpojax.examples import load_examples
 from dpojax.loading import (
     as_reward_examples,
     check_positions,
@@ -23,7 +24,7 @@ from dpojax.models.families import as_settings
 from dpojax.models.huggingface import write_model
 from dpojax.objective_table import as_lines, as_markdown
 from dpojax.placing import Keeping
-from dpojax.prepare import load_examples, make_configured_loss
+from dpojax.prepare import make_configured_loss
 from dpojax.progress import say, show_table
 from dpojax.reference_setting import named_reference
 from dpojax.sharding import Placement, make_mesh, make_placement

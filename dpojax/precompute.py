@@ -18,16 +18,13 @@ from dpojax.command_config import ReferenceConfig
 from dpojax.config import TrainConfig
 from dpojax.connecting import connect
 from dpojax.data.packing import Example
+from dpojax.examples import load_split
 from dpojax.loading import Loaded, check_positions, load_reference, weight_files
 from dpojax.models.kernels import choose_kernel
 from dpojax.models.lora import split_adapters
 from dpojax.placing import default_dtype
 from dpojax.policy import load_policy
-from dpojax.prepare import (
-    check_training,
-    load_split,
-    make_configured_loss,
-)
+from dpojax.prepare import check_training, make_configured_loss
 from dpojax.processes import from_first, is_first
 from dpojax.reference import Params
 from dpojax.reference_cache import Cache, default_root, find_cache, hash_files

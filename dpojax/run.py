@@ -17,6 +17,7 @@ from dpojax.data.bad_records import Skipped
 from dpojax.data.loader import counted_batches, fingerprint, locate
 from dpojax.data.packing import Example, OwnRows, every_row, with_mismatched
 from dpojax.evaluation import evaluate, make_sampler, sample_metrics
+from dpojax.examples import balance_advice, load_split
 from dpojax.fitting import check_memory, fit
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
@@ -25,12 +26,7 @@ from dpojax.not_finite import Case, explain
 from dpojax.policy import computed, load_policy, make_policy, write_trained
 from dpojax.precompute import precompute
 from dpojax.preemption import preemption
-from dpojax.prepare import (
-    balance_advice,
-    check_training,
-    load_split,
-    make_configured_loss,
-)
+from dpojax.prepare import check_training, make_configured_loss
 from dpojax.processes import check_same
 from dpojax.progress import say, track
 from dpojax.reference import Params
@@ -244,9 +240,9 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
 
     bar = track("Training", total=num_steps, done=step)
     with (
+        preemption() as is_preempted,  # to the end: a checkpoint may be on its way
         closing(checkpoints),
         bar as advance,
-        preemption() as is_preempted,
         explaining(),
     ):
         for (num_tokens, _), placed in put_ahead(batches, put_own):

@@ -12,7 +12,8 @@ from dpojax.data.bad_records import BadRecords, Skipped, describe_skipped, usabl
 from dpojax.data.fields import Kind
 from dpojax.data.records import Record, load_records, read_records, select_records
 from dpojax.data.tokenize import tokenize_records
-from dpojax.prepare import load_split, make_configured_loss
+from dpojax.examples import load_split
+from dpojax.prepare import make_configured_loss
 from dpojax.run_directory import write_skipped
 
 CHAT = {

@@ -19,6 +19,7 @@ from test_families import LLAMA, PHI4_MINI, SIZES
 from dpojax.cli import main
 from dpojax.config import LoraConfig, LossConfig, OptimizerConfig, TrainConfig
 from dpojax.data.tokenize import load_tokenizer
+from dpojax.examples import load_split
 from dpojax.fitting import check_memory
 from dpojax.losses.table import OBJECTIVES
 from dpojax.models.decoder import DecoderConfig
@@ -30,7 +31,6 @@ from dpojax.prepare import (
     check_training,
     configured_optimizer,
     configured_schedule,
-    load_split,
     make_configured_loss,
     make_new_adapters,
 )

@@ -19,6 +19,7 @@ from dpojax.config import LossConfig, TrainConfig
 from dpojax.data.loader import counted_batches, locate
 from dpojax.data.packing import Example, as_batch
 from dpojax.examination import Findings, make_examine
+from dpojax.examples import load_split
 from dpojax.losses.make import make_loss
 from dpojax.measure import make_measure
 from dpojax.metrics import Ratio
@@ -27,7 +28,7 @@ from dpojax.not_finite import find_row
 from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.origin import find_origin
 from dpojax.policy import load_policy
-from dpojax.prepare import load_split, make_configured_loss
+from dpojax.prepare import make_configured_loss
 from dpojax.reference import copy_params
 from dpojax.run import run
 from dpojax.sharding import make_mesh

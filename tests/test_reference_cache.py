@@ -31,6 +31,7 @@ from dpojax.config import (
     TrainConfig,
 )
 from dpojax.data.packing import Example, as_batch, with_mismatched
+from dpojax.examples import load_split
 from dpojax.losses.make import make_loss
 from dpojax.losses.objective import Need
 from dpojax.measure import make_measure
@@ -38,7 +39,7 @@ from dpojax.metrics import summarize
 from dpojax.models.decoder import Model, make_model
 from dpojax.policy import load_policy, make_policy
 from dpojax.precompute import precompute, reference
-from dpojax.prepare import load_split, make_configured_loss
+from dpojax.prepare import make_configured_loss
 from dpojax.reference import copy_params
 from dpojax.reference_cache import Cache, find_cache, hash_example, read_cache
 from dpojax.reference_pass import make_reference_step, with_reference

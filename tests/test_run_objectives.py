@@ -19,7 +19,8 @@ from dpojax.config import LossConfig, MovingConfig, OptimizerConfig, TrainConfig
 from dpojax.data.labels import label_pairs, rank_completions
 from dpojax.data.packing import Example
 from dpojax.data.synthetic import make_reviews, make_tokenizer, split_review
-from dpojax.prepare import balance_advice, make_configured_loss
+from dpojax.examples import balance_advice
+from dpojax.prepare import make_configured_loss
 from dpojax.run import Result, run
 
 OWN_LOSS = """

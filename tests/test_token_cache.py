@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpojax import prepare, token_cache
+from dpojax import examples, token_cache
 from dpojax.config import TrainConfig
 from dpojax.data.bad_records import Skipped
 from dpojax.data.loader import fingerprint
@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 def load(data: Path, tokenizer: Tokenizer | None = None, **settings: Any):
     config = TrainConfig(model="none", data=(str(data),), test_size=10, **settings)
     tokenizer = make_tokenizer() if tokenizer is None else tokenizer
-    return prepare.load_split(config, make_loss("dpo"), tokenizer, "train")
+    return examples.load_split(config, make_loss("dpo"), tokenizer, "train")
 
 
 def refuse(*arguments: Any, **settings: Any) -> None:
@@ -60,7 +60,7 @@ def test_a_second_start_gives_the_same_without_reading_a_record(
 ):
     first = load(data)
     said = capsys.readouterr().out
-    monkeypatch.setattr(prepare, "tokenize_records", refuse)
+    monkeypatch.setattr(examples, "tokenize_records", refuse)
     monkeypatch.setattr("dpojax.data.files.JsonLines.read", refuse)
     second = load(data)
     assert said == capsys.readouterr().out and "30 examples" in said
@@ -74,7 +74,7 @@ def test_a_copy_of_the_data_under_another_name_is_the_same_data(
     load(data)
     other = data.with_name("other.jsonl")
     other.write_bytes(data.read_bytes())
-    monkeypatch.setattr(prepare, "tokenize_records", refuse)
+    monkeypatch.setattr(examples, "tokenize_records", refuse)
     assert len(load(other)) == 30
 
 
@@ -217,14 +217,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 def test_two_that_prepare_the_same_at_one_time_both_have_it(
     data: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    tokenize, results = prepare.tokenize_records, []
+    tokenize, results = examples.tokenize_records, []
 
     def slowly(*arguments: Any, **settings: Any):
-        monkeypatch.setattr(prepare, "tokenize_records", tokenize)
+        monkeypatch.setattr(examples, "tokenize_records", tokenize)
         results.append(fingerprint(list(load(data))))
         return tokenize(*arguments, **settings)
 
-    monkeypatch.setattr(prepare, "tokenize_records", slowly)
+    monkeypatch.setattr(examples, "tokenize_records", slowly)
     results.append(fingerprint(list(load(data))))
     assert results[0] == results[1] and entry(root)
     assert "cannot be written" not in capsys.readouterr().out
@@ -260,7 +260,7 @@ def spoil(data: Path) -> None:
 def load_and_skip(data: Path) -> list[Skipped]:
     config = TrainConfig(data=(str(data),), test_size=10, on_bad_record="skip")
     skipped: list[Skipped] = []
-    prepare.load_split(config, make_loss("dpo"), make_tokenizer(), "train", skipped)
+    examples.load_split(config, make_loss("dpo"), make_tokenizer(), "train", skipped)
     return skipped
 
 
@@ -273,7 +273,7 @@ def test_a_second_start_says_what_the_first_one_skipped(
     assert first.reasons and first.num_records == 30
     assert f"skipped {len(first.reasons)} bad of 30 records: {data}, line" in said
     with monkeypatch.context() as patched:
-        patched.setattr(prepare, "tokenize_records", refuse)
+        patched.setattr(examples, "tokenize_records", refuse)
         assert load_and_skip(data) == [first]
     assert said == capsys.readouterr().out
     # Reasons name files.

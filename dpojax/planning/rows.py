@@ -14,9 +14,9 @@ from dpojax.bench_inputs import make_pairs
 from dpojax.command_config import BenchConfig, PlanConfig
 from dpojax.data.loader import training_batches
 from dpojax.data.packing import Example
+from dpojax.examples import load_split
 from dpojax.loading import Loaded, as_reward_examples
 from dpojax.losses.make import Loss
-from dpojax.prepare import load_split
 from dpojax.reference_setting import named_reference
 
 _MOST_BATCHES = 8  # of made-up examples, by which rows are planned

@@ -22,9 +22,9 @@ from dpojax.data.loader import training_batches
 from dpojax.data.packing import Example
 from dpojax.data.synthetic import make_tokenizer
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
+from dpojax.examples import load_examples
 from dpojax.losses.make import make_loss
 from dpojax.models.huggingface import write_model
-from dpojax.prepare import load_examples
 from dpojax.sharding import make_mesh
 from dpojax.whole_files import write_json_lines
 

@@ -29,7 +29,8 @@ from dpojax.config import TrainConfig
 from dpojax.data.loader import counted_batches, fingerprint
 from dpojax.data.packing import row_lengths
 from dpojax.data.tokenize import load_tokenizer
-from dpojax.prepare import load_split, make_configured_loss
+from dpojax.examples import load_split
+from dpojax.prepare import make_configured_loss
 
 BATCH_SIZE = 64
 
