@@ -5,16 +5,19 @@ Knows no file and no format: the tests bring the values that are mutated.
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+import dpojax
 from dpojax.batch import Batch
 from dpojax.data.packing import Example, as_batch, row_length
 from dpojax.models.attention import visible
 
+_PACKAGE = str(Path(dpojax.__file__).parent)
 _TEXTS = (
     "", " ", "x", "role", "user", "assistant", "content", "\0", "\ud800", "\udcff",
     "\u2028", "a\nb", "\N{GRINNING FACE}", "Infinity", "1e999", "null", "[]", "{}",
@@ -93,7 +96,7 @@ def check_sentence(error: ValueError) -> None:
         traceback = traceback.tb_next
     assert traceback is not None
     path = traceback.tb_frame.f_code.co_filename
-    assert "/dpojax/" in path and "site-packages" not in path, (path, error)
+    assert path.startswith(_PACKAGE), (path, error)
     message = str(error)
     assert message and message.isprintable() and len(message) < 1500, message
     message.encode("utf-8")
