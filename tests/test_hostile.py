@@ -238,8 +238,8 @@ def test_limits_leave_a_process_as_it_was():
 
     def state() -> tuple[Any, ...]:
         kinds = resource.RLIMIT_AS, resource.RLIMIT_CPU
-        timers = signal.getitimer(signal.ITIMER_VIRTUAL)
-        handler = signal.getsignal(signal.SIGVTALRM)
+        timers = signal.getitimer(signal.ITIMER_REAL)
+        handler = signal.getsignal(signal.SIGALRM)
         return *map(resource.getrlimit, kinds), timers, handler
 
     before = state()
