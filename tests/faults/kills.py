@@ -195,9 +195,10 @@ def _start(config: TrainConfig, num_processes: int) -> list[ForkServerProcess]:
 
 
 def _run(config: TrainConfig, log: Path) -> None:
-    """In a process of its own: what it says goes to a file."""
+    """In a process of its own, on two devices: what it says goes to a file."""
     from dpojax.run import run
 
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

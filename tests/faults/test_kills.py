@@ -3,9 +3,7 @@
 `pytest -m faults` kills two hundred times; the short form is one of the slow tests.
 """
 
-import os
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,19 +25,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the runs compile is kept, so that a resumed one is at its steps at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("programs")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        two = "--xla_force_host_platform_device_count=2"
-        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {two}")
-        prepare()
-        yield
-
-
 def kill_runs(
     config: TrainConfig, kind: str, num_kills: int, directory: Path
 ) -> list[Kills]:
@@ -58,6 +43,7 @@ def kill_runs(
     def named(name: str) -> TrainConfig:
         return replace(config, output=str(directory / name))
 
+    prepare()
     run_whole(named("compiled"), num_processes)
     seconds = run_whole(named("whole"), num_processes)
     found: list[Kills] = []
