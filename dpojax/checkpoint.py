@@ -60,12 +60,7 @@ def check_whole(directory: Path, step: int) -> None:
     Raises:
       ValueError: if it is not there, or damaged.
     """
-    steps = sorted(_steps_in(directory))
-    if step not in steps:
-        raise ValueError(
-            f"{directory} has no checkpoint of step {step}; "
-            f"it has {', '.join(map(str, steps)) or 'none'}."
-        )
+    _check_step(step, sorted(_steps_in(directory)), directory)
     damage = find_damage(directory / str(step))
     if damage is not None:
         raise ValueError(
@@ -90,6 +85,14 @@ def set_aside(directory: Path, steps: Iterable[int]) -> Path:
         number = sum(path.stem == str(step) for path in aside.iterdir())
         (directory / str(step)).rename(aside / f"{step}.{number}")
     return aside
+
+
+def _check_step(step: int, steps: list[int], directory: Path) -> None:
+    if step not in steps:
+        raise ValueError(
+            f"{directory} has no checkpoint of step {step}; "
+            f"it has {', '.join(map(str, steps)) or 'none'}."
+        )
 
 
 def _steps_in(directory: Path) -> list[int]:
@@ -175,7 +178,7 @@ class Checkpoints:
         Raises:
           ValueError: if there is no such step, or its arrays are not those of `like`.
         """
-        self._check_step(step)
+        _check_step(step, self.steps, self._directory)
         saved = self._manager.item_metadata(step)["state"]
         difference = _first_difference(_shapes(saved), _shapes(like))
         if difference:
@@ -200,7 +203,7 @@ class Checkpoints:
         Raises:
           ValueError: if there is no such step.
         """
-        self._check_step(step)
+        _check_step(step, self.steps, self._directory)
         items = ocp.args.Composite(note=ocp.args.JsonRestore())
         return self._manager.restore(step, args=items)["note"]
 
@@ -226,13 +229,6 @@ class Checkpoints:
                 f"A checkpoint could not be written to {self._directory} ({reason}); "
                 "those before it are intact: mend the storage, then use --resume."
             ) from error
-
-    def _check_step(self, step: int) -> None:
-        if step not in self.steps:
-            raise ValueError(
-                f"{self._directory} has no checkpoint of step {step}; "
-                f"it has {', '.join(map(str, self.steps)) or 'none'}."
-            )
 
 
 def _evaluation_loss(metrics: Any) -> float:

@@ -70,7 +70,11 @@ def find_damage(directory: Path, hashed_below: float = float("inf")) -> str | No
         return next(filter(None, pool.map(damage, listed.items())), None)
 
 
-def _entry(path: Path) -> _Entry:
+def hash_file(path: Path) -> bytes:
+    """The SHA-256 of a file's contents."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return _Entry(file.tell(), digest)
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _entry(path: Path) -> _Entry:
+    return _Entry(path.stat().st_size, hash_file(path).hex())

@@ -82,7 +82,7 @@ def load_examples(
                 conversion, tokenizer, writer=writer, bad=bad, **tokenized
             )
         left_out = Skipped(split, (), 0) if bad is None else bad.of_split(split)
-        return Prepared(examples, conversion.counts, counts, left_out, writer.hashes())
+        return Prepared(examples, conversion.counts, counts, left_out)
 
     files = [selection.files for selection in selections]
     settings = selected | converted | tokenized | {"on_bad_record": on_bad_record}

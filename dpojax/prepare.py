@@ -26,6 +26,7 @@ from dpojax.measure import check_token_metrics
 from dpojax.models.adapter_modules import choose_modules
 from dpojax.models.lora import LoraShape
 from dpojax.optimizer import make_optimizer, make_schedule
+from dpojax.precision import LARGEST_FLOAT
 from dpojax.reference import Params
 from dpojax.reference_setting import check_reference
 from dpojax.user_code import load_names
@@ -94,7 +95,6 @@ def check_settings(config: TrainConfig, loss: Loss) -> None:
 
 # A seed may be a time; positions of a row stand in memory, all of them.
 _LARGEST: dict[str, int] = {"seed": 1 << 63, "row_length": 1 << 24}
-_LARGEST_FLOAT = 3.4e38  # of 32 bits
 
 
 def _check_numbers(config: object, within: str = "") -> None:
@@ -102,7 +102,7 @@ def _check_numbers(config: object, within: str = "") -> None:
     for name, value in vars(config).items():
         if is_dataclass(value):
             _check_numbers(value, f"{within}{name}.")
-        elif isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT:
+        elif isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
             raise ValueError(f"{within}{name} is {value}; it must be a finite number.")
         elif isinstance(value, int) and abs(value) >= _LARGEST.get(name, 1 << 31):
             raise ValueError(

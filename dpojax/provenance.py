@@ -33,21 +33,25 @@ _PACKAGES = (
 
 
 def made_by(config: TrainConfig) -> dict[str, Any]:
-    """Everything by its name; of the settings, those that all processes share."""
-    shared = replace(
+    """Everything by its name."""
+    return {
+        "code": code(),
+        "versions": versions(),
+        "devices": devices(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "configuration": asdict(shared_settings(config)),
+    }
+
+
+def shared_settings(config: TrainConfig) -> TrainConfig:
+    """Those that repeat a run, wherever it writes and however it is started."""
+    return replace(
         config,
         output=None,
         resume=False,
         stop_after=None,
         distributed=DistributedConfig(),
     )
-    return {
-        "code": code(),
-        "versions": versions(),
-        "devices": devices(),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "configuration": asdict(shared),
-    }
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load, save
 
+from dpojax.checksums import hash_file
 from dpojax.data.packing import Example
 from dpojax.progress import say
 from dpojax.whole_files import write_bytes
@@ -61,14 +62,9 @@ def hash_files(paths: Iterable[Path]) -> bytes:
     Time and size of a file do not tell whether its contents are the same; reading them
     does, at about a second for a gigabyte.
     """
-
-    def digest(path: Path) -> bytes:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
     in_order = sorted(paths, key=lambda path: path.name)
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, in_order))).digest()
+        return hashlib.sha256(b"".join(pool.map(hash_file, in_order))).digest()
 
 
 def hash_example(example: Example) -> bytes:

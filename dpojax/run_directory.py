@@ -18,19 +18,19 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 from filelock import FileLock, Timeout
 
-from dpojax.config import DistributedConfig, TrainConfig
+from dpojax.config import TrainConfig
 from dpojax.data.bad_records import Skipped
 from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded, new_directory
 from dpojax.models.huggingface import write_settings
 from dpojax.models.peft import write_config
 from dpojax.processes import decided_by_first, only_first, wait_for_all
+from dpojax.provenance import shared_settings
 from dpojax.whole_files import (
     unfinished_directory,
     whole_directory,
@@ -70,9 +70,14 @@ class RunDirectory:
         if self._locks:  # of a run that is resumed, from its beginning
             _write_frame(self.path, config, loaded)
             return
-        with unfinished_directory(self.path) as unfinished:
-            self._locks.append(_locked(unfinished, self.path))
-            _write_frame(unfinished, config, loaded)
+        try:
+            with unfinished_directory(self.path) as unfinished:
+                self._locks.append(_locked(unfinished, self.path))
+                _write_frame(unfinished, config, loaded)
+        except FileExistsError:
+            raise ValueError(
+                f"{self.path} already exists; choose another --output."
+            ) from None
 
 
 def _write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
@@ -83,18 +88,11 @@ def _write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
         if model.lora is not None:
             write_config(frame, model.lora, model.params, loaded.settings, loaded.base)
         loaded.tokenizer.save_pretrained(frame)
-    again = replace(
-        config,
-        output=None,
-        resume=False,
-        stop_after=None,
-        distributed=DistributedConfig(),
-    )
     text = (
         '"""The configuration of a run; `dpojax train` with it repeats the run."""\n\n'
         "from dpojax.config import DistributedConfig, LoraConfig, LossConfig, "
         "MeshConfig, MovingConfig, OptimizerConfig, TrainConfig\n\n\n"
-        f"def config() -> TrainConfig:\n    return {again!r}\n"
+        f"def config() -> TrainConfig:\n    return {shared_settings(config)!r}\n"
     )
     write_bytes(directory / "config.py", text.encode())
 

@@ -1,7 +1,8 @@
 """Prepared examples on disk: by everything that they depend on.
 
     <root>/<key>/<array>            see `dpojax.data.flat_examples`
-    <root>/<key>/<sha256>.json      hashes of the arrays, and what became of the records
+    <root>/<key>/note               what became of the records
+    <root>/<key>/sha256.json        hashes of both, see `dpojax.checksums`
 
 The key is a hash of the contents of the data's files, of the tokenizer with its chat
 template, of every setting on the way from a row to token ids, and of the libraries'
@@ -16,19 +17,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import jinja2
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerFast
 
+from dpojax.checksums import find_damage, seal
 from dpojax.data.bad_records import Skipped
 from dpojax.data.chats import Tokenizer
 from dpojax.data.conversions import ConversionCounts
@@ -36,12 +35,13 @@ from dpojax.data.flat_examples import FlatExamples, map_examples
 from dpojax.data.tokenize import Counts
 from dpojax.progress import say
 from dpojax.reference_cache import hash_files
+from dpojax.whole_files import UNFINISHED, unfinished_directory
 
 # To be raised with whatever changes the examples that are made of the same data by the
 # same settings: how rows are read, cut, converted, rendered, tokenised, truncated.
 RULES = 1
 SMALLEST = 2**25  # bytes of data; less is prepared in a few seconds
-_UNFINISHED = ".unfinished"
+_NOTE = "note"
 _ABANDONED = 86_400  # seconds since something was written
 
 
@@ -52,7 +52,6 @@ class Prepared(NamedTuple):
     conversion: ConversionCounts
     counts: Counts
     skipped: Skipped
-    hashes: dict[str, str]  # of the arrays' files
 
 
 # Writes the arrays into a directory; without one they stay in memory.
@@ -105,10 +104,14 @@ def load(root: Path, key: str | None, prepare: Prepare) -> Prepared:
     if found is not None:
         return found
     try:
-        with _new_directory(directory) as unfinished:
+        _remove_abandoned(root)
+        with unfinished_directory(directory) as unfinished:
             prepared = prepare(unfinished)
             _write_note(unfinished, prepared)
+            seal(unfinished, directory.name)
         return prepared
+    except FileExistsError:  # another process was first, whose data is the same
+        return load(root, key, prepare)
     except OSError as error:
         say(f"The cache {directory} cannot be written ({error}); memory is used.")
         return prepare(None)
@@ -136,82 +139,37 @@ def _describe(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def _write_note(directory: Path, prepared: Prepared) -> None:
     note = {
-        "hashes": prepared.hashes,
         "fingerprint": prepared.examples.fingerprint,
         "conversion": prepared.conversion._asdict(),
         "counts": prepared.counts._asdict(),
         "skipped": prepared.skipped._asdict(),
     }
-    content = json.dumps(note, indent=2).encode()
-    (directory / f"{hashlib.sha256(content).hexdigest()}.json").write_bytes(content)
+    (directory / _NOTE).write_text(json.dumps(note, indent=2), encoding="utf-8")
 
 
 def _read(directory: Path) -> Prepared | None:
     if not directory.is_dir():
         return None
-    note = _read_note(directory)
-    if note is None:
+    if find_damage(directory) is not None:
         say(f"{directory} is damaged and removed; its data is prepared again.")
         shutil.rmtree(directory, ignore_errors=True)
         return None
+    note = json.loads((directory / _NOTE).read_text(encoding="utf-8"))
     return Prepared(
         map_examples(directory, note["fingerprint"]),
         ConversionCounts(**note["conversion"]),
         Counts(**note["counts"]),
         _as_skipped(**note["skipped"]),
-        note["hashes"],
     )
-
-
-def _read_note(directory: Path) -> dict[str, Any] | None:
-    """What was written beside the arrays, if it and all of them are whole."""
-    for path in directory.glob("*.json"):
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != path.stem:
-            return None
-        note = json.loads(content)
-        paths = [directory / name for name in note["hashes"]]
-        if not all(path.is_file() for path in paths):
-            return None
-        with ThreadPoolExecutor() as pool:
-            hashes = list(pool.map(_hash, paths))
-        return note if hashes == list(note["hashes"].values()) else None
-    return None
 
 
 def _as_skipped(split: str, reasons: list[str], num_records: int) -> Skipped:
     return Skipped(split, tuple(reasons), num_records)
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _new_directory(directory: Path) -> Iterator[Path]:
-    """A directory to write into; others may write the same at the same time.
-
-    Whoever is first gives it its name; what the others have written is the same.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory.parent)
-    unfinished = directory.with_name(f"{directory.name}.{uuid4().hex}{_UNFINISHED}")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        try:
-            unfinished.rename(directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def _remove_abandoned(root: Path) -> None:
     """Removes what processes that were killed have left."""
-    for unfinished in root.glob(f"*{_UNFINISHED}"):
+    for unfinished in root.glob(f"*{UNFINISHED}"):
         times = [path.stat().st_mtime for path in (unfinished, *unfinished.iterdir())]
         if time.time() - max(times) > _ABANDONED:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -15,6 +15,8 @@ from uuid import uuid4
 
 from dpojax.processes import decided_by_first, only_first
 
+UNFINISHED = ".unfinished"  # how names end of what does not have its own yet
+
 
 def new_file(name: str) -> Path:
     """Refuses a file that exists; process 0 looks.
@@ -39,7 +41,7 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     whoever reads never sees a part, even if writing is cut off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(path.name + UNFINISHED)
     with naming(path), unfinished.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -53,7 +55,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     The bytes go to a file of a name of its own beside it, which then takes its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}{UNFINISHED}")
     try:
         with naming(path), unfinished.open("wb") as file:
             file.write(content)
@@ -82,22 +84,25 @@ def reach_disk(file: IO[Any]) -> None:
 def unfinished_directory(directory: Path) -> Iterator[Path]:
     """A directory to write into, which then takes the name of one that is new.
 
+    Others may write one of the same name at the same time. If writing fails, nothing
+    remains of it.
+
     Raises:
-      ValueError: if something has the name by then.
+      FileExistsError: if a directory that holds something has the name by then.
     """
-    name = f"{directory.name}.{uuid4().hex}.unfinished"
+    name = f"{directory.name}.{uuid4().hex}{UNFINISHED}"
     unfinished = directory.with_name(name)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        unfinished.rename(directory)
-    except BaseException as error:
+        try:
+            unfinished.rename(directory)
+        except OSError as error:
+            if error.errno not in (EEXIST, ENOTEMPTY):
+                raise
+            raise FileExistsError(EEXIST, "already exists", str(directory)) from None
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (EEXIST, ENOTEMPTY):
-            raise ValueError(
-                f"{directory} already exists; choose another --output."
-            ) from None
-        raise
 
 
 @contextmanager
@@ -107,7 +112,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     One that has the name already keeps it until then, and is removed afterwards. If
     writing fails, nothing remains of it.
     """
-    unfinished = directory.with_name(directory.name + ".unfinished")
+    unfinished = directory.with_name(directory.name + UNFINISHED)
     replaced = directory.with_name(directory.name + ".replaced")
     for path in (unfinished, replaced):
         shutil.rmtree(path, ignore_errors=True)  # of a process that was killed

@@ -4,6 +4,7 @@ Knows no file and no format: the tests bring the values that are mutated.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -87,6 +88,19 @@ def as_line(value: Any, random: Random) -> bytes:
         damage = bytes(random.randrange(256) for _ in range(random.randrange(3)))
         line = line[:place] + damage + line[place + random.randrange(2) :]
     return line.replace(b"\n", b" ")
+
+
+def count_used(use: Callable[[Random], bool]) -> tuple[int, int]:
+    """Of very many tries, how many are of use, and how many there are."""
+    number = int(os.environ.get("DPOJAX_FUZZ", 100_000))
+    num_used = 0
+    for seed in range(number):
+        try:
+            num_used += use(Random(seed))
+        except BaseException:
+            print(f"The seed is {seed}.")
+            raise
+    return num_used, number
 
 
 def check_sentence(error: ValueError) -> None:

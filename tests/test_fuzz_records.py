@@ -18,6 +18,7 @@ from fuzzing import (
     check_layout,
     check_sentence,
     check_sight,
+    count_used,
     mutated,
     random_value,
 )
@@ -102,14 +103,8 @@ def test_a_random_line_gives_rows_or_one_sentence(
 
 @pytest.mark.fuzz
 def test_of_very_many_lines_each_gives_rows_or_one_sentence(tmp_path: Path):
-    number = int(os.environ.get("DPOJAX_FUZZ", 100_000))
-    num_used = 0
-    for seed in range(number):
-        try:
-            num_used += use_lines(tmp_path / "fuzz.jsonl", Random(seed))
-        except BaseException:
-            print(f"The seed is {seed}.")
-            raise
+    path = tmp_path / "fuzz.jsonl"
+    num_used, number = count_used(lambda random: use_lines(path, random))
     print(f"{number} files of lines: {num_used} gave rows, the others one sentence.")
     assert 0.1 < num_used / number < 0.9
 

@@ -4,14 +4,13 @@ A few hundred here; `pytest -m fuzz` takes tens of thousands.
 """
 
 import json
-import os
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from fuzzing import check_sentence, mutated, random_value
+from fuzzing import check_sentence, count_used, mutated, random_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import LLAMA, PHI4_MINI, SIZES
@@ -200,14 +199,7 @@ def test_random_settings_of_a_run_work_or_get_one_sentence(base: TrainConfig):
 
 @pytest.mark.fuzz
 def test_of_very_many_configs_each_is_a_shape_or_one_sentence(tmp_path: Path):
-    number = int(os.environ.get("DPOJAX_FUZZ", 100_000))
-    num_used = 0
-    for seed in range(number):
-        try:
-            num_used += use_settings(tmp_path, Random(seed))
-        except BaseException:
-            print(f"The seed is {seed}.")
-            raise
+    num_used, number = count_used(lambda random: use_settings(tmp_path, random))
     print(f"{number} config.json: {num_used} are shapes, the others one sentence.")
     assert 0.1 < num_used / number < 0.9
 
@@ -216,15 +208,8 @@ def test_of_very_many_configs_each_is_a_shape_or_one_sentence(tmp_path: Path):
 def test_of_very_many_settings_of_runs_each_works_or_gets_one_sentence(
     base: TrainConfig,
 ):
-    number = int(os.environ.get("DPOJAX_FUZZ", 100_000))
     tokenizer = load_tokenizer(str(base.model))
-    num_used = 0
-    for seed in range(number):
-        try:
-            num_used += use_run(base, tokenizer, Random(seed))
-        except BaseException:
-            print(f"The seed is {seed}.")
-            raise
+    num_used, number = count_used(lambda random: use_run(base, tokenizer, random))
     print(f"{number} settings of runs: {num_used} work, the others get one sentence.")
     assert 0.1 < num_used / number < 0.9
 

@@ -182,7 +182,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", ["tokens", "ends", "scores", "*.json"])
+@pytest.mark.parametrize("name", ["tokens", "ends", "scores", "note", "*.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_damaged_is_said_and_prepared_again(
     data: Path, root: Path, name: str, damage: str, capsys: Any

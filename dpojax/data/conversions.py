@@ -33,7 +33,7 @@ class ConversionCounts(NamedTuple):
 
 
 def as_kind(
-    records: Sequence[Record],
+    records: Iterable[Record],
     kind: Kind,
     *,
     pairs_from: PairsFrom = "best_worst",

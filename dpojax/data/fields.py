@@ -10,12 +10,10 @@ from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 from dpojax.data.bad_records import BadRecord, shown
+from dpojax.precision import LARGEST_FLOAT, SMALLEST_FLOAT
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
-# Of 32 bits, in which scores and weights are computed with.
-LARGEST = 3.4e38
-SMALLEST = 1e-37
 _DEEPEST = 100  # lists and objects in one another; schemas of tools have ten
 Kind = Literal["single", "pair", "judged", "ranked"]
 
@@ -193,7 +191,7 @@ def checked_list(value: Any, name: str, origin: str) -> list[Any]:
 def checked_number(value: Any, name: str, origin: str) -> float:
     """The value, if it is a number that is finite in 32 bits too."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= LARGEST:
+    if not is_number or not abs(value) <= LARGEST_FLOAT:
         raise BadRecord(
             f"{origin}: {name} is {shown(value)}; it must be a finite number."
         )
@@ -273,7 +271,7 @@ def _weight(row: Row) -> float:
     if value is None:
         return 1.0
     weight = checked_number(value, "weight", row.origin)
-    if weight < SMALLEST:
+    if weight < SMALLEST_FLOAT:
         raise BadRecord(
             f"{row.origin}: weight is {weight:g}; it must be positive, so remove the "
             "record if it is not to count."

@@ -125,10 +125,6 @@ class ExampleWriter:
         arrays = {name: column.finish() for name, column in self._columns.items()}
         return FlatExamples(arrays, self._fingerprint.hexdigest())
 
-    def hashes(self) -> dict[str, str]:
-        """Of each file, by its name, the sha256 of what was written."""
-        return {name: column.hash() for name, column in self._columns.items()}
-
 
 class Fingerprint:
     """A hash of every token id and boundary, and of what was said of each example."""
@@ -171,7 +167,6 @@ class _Column:
         self._memory = io.BytesIO()  # without a file
         if path is not None:
             path.write_bytes(b"")
-        self._digest = hashlib.sha256()
         self.count = 0
 
     def append(self, number: float) -> None:
@@ -192,11 +187,7 @@ class _Column:
             return np.frombuffer(self._memory.getbuffer(), self._dtype)
         return _map(self._path, self._dtype.str)
 
-    def hash(self) -> str:
-        return self._digest.hexdigest()
-
     def _keep(self) -> None:
-        self._digest.update(self._last)
         if self._path is None:
             self._memory.write(self._last)
         else:

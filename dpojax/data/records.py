@@ -14,9 +14,9 @@ from dpojax.data.bad_records import BadRecords
 from dpojax.data.conversions import (
     NUM_ACCEPTED,
     REJECTION_BETA,
-    Conversion,
     ConversionCounts,
     PairsFrom,
+    as_kind,
 )
 from dpojax.data.fields import Kind, Record
 from dpojax.data.selection import Selection, select, weigh_places
@@ -61,7 +61,7 @@ def load_records(
     Raises:
       ValueError: as `read_records`, `weigh` and `as_kind` do.
     """
-    conversion = Conversion(
+    return as_kind(
         chain.from_iterable(
             select_records(
                 sources,
@@ -81,7 +81,6 @@ def load_records(
         needs_scores=needs_scores,
         bad=bad,
     )
-    return list(conversion), conversion.counts
 
 
 def select_records(

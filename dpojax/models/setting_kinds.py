@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from reprlib import Repr
 from typing import Any, NamedTuple
 
+from dpojax.precision import LARGEST_FLOAT, SMALLEST_FLOAT
+
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
@@ -19,7 +21,7 @@ def shown(value: object) -> str:
 
 def _is_positive(value: Any) -> bool:
     """Whether it is a number that is positive in 32 bits too."""
-    return type(value) in (int, float) and 1e-37 <= value <= 3.4e38
+    return type(value) in (int, float) and SMALLEST_FLOAT <= value <= LARGEST_FLOAT
 
 
 class _Kind(NamedTuple):

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from many_processes import free_port
+from test_run import metrics_of
 
 from dpojax.checkpoint import Newest, find_newest
 from dpojax.config import DistributedConfig, TrainConfig
@@ -117,15 +117,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     newest = [find_newest(directory / "checkpoints") for directory in (one, other)]
     assert newest[0] == newest[1] == Newest(newest[0].step, {})
     assert best_of(one) == best_of(other)
-
-
-def metrics_of(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics, without what two runs never share."""
-    text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    for row in rows:
-        row.pop("tokens_per_second", None)
-    return rows
 
 
 def best_of(directory: Path) -> tuple[float, int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from kills import assert_same_run, metrics_of
+from kills import assert_same_run
+from test_run import metrics_of
 
 from dpojax.checkpoint import Checkpoints, Newest, find_newest
 from dpojax.command_config import ExportConfig

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kills import assert_same_run, clock, metrics_of, prepare, run_command
+from kills import assert_same_run, clock, prepare, run_command
+from test_run import metrics_of
 
 from dpojax import checkpoint
 from dpojax.checkpoint import find_newest
