@@ -13,11 +13,13 @@ from jax.sharding import Mesh
 
 from dpojax.context import make_by_context
 from dpojax.expert_shards import make_by_shard
+from dpojax.kernel_exchange import make_kernel_exchange
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_params, read_settings
 from dpojax.models.kernels import KernelChoice, choose_kernel, make_attend
+from dpojax.models.linear import kernel_gradient
 from dpojax.models.lora import LoraShape, start_adapters
 from dpojax.models.peft import read_adapters
 from dpojax.models.quantized import make_quantize
@@ -29,6 +31,7 @@ from dpojax.sharding import (
     make_look_up,
     put_everywhere,
 )
+from dpojax.torus import make_line
 
 BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 
@@ -84,6 +87,9 @@ def make_kept_model(
         remat=keeping.remat,
         constrain=make_constrain(keeping.mesh),
         look_up=make_look_up(keeping.mesh),
+        exchange=make_kernel_exchange(
+            keeping.mesh, make_line(keeping.mesh, "fsdp"), kernel_gradient
+        ),
         by_shard=make_by_shard(keeping.mesh),
         quantization=base if base == "int8" or base == "nf4" else None,
         lora=lora,

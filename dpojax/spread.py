@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from dpojax.sharding import TOKENS, as_shardings
+from dpojax.torus import Line, make_line
 
 
 class MatrixShard(NamedTuple):
@@ -25,6 +26,7 @@ class MatrixShard(NamedTuple):
     vocabulary: tuple[str, ...] = ()
     width: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()  # over which every device has other positions
+    line: Line | None = None  # of the width's axis, on a mesh
 
     def first_token(self, num_tokens: int) -> int | Array:
         """The first token of this device's part of the vocabulary."""
@@ -34,17 +36,13 @@ class MatrixShard(NamedTuple):
 
     def gather(self, tile: Array) -> Array:
         """A tile with its whole width."""
-        if not self.width:
-            return tile
-        return jax.lax.all_gather(tile, self.width, axis=1, tiled=True)
+        return tile if self.line is None else self.line.gather(tile, 1)
 
     def scatter(self, slope: Array) -> Array:
         """The sum over all rows of a tile's gradient, this device's part of it."""
         others = tuple(axis for axis in self.rows if axis not in self.width)
-        if self.width:
-            slope = jax.lax.psum_scatter(
-                slope, self.width, scatter_dimension=1, tiled=True
-            )
+        if self.line is not None:
+            slope = self.line.scatter(slope, 1)
         return jax.lax.psum(slope, others) if others else slope
 
     def sum_rows(self, slope: Array) -> Array:
@@ -71,7 +69,8 @@ class Spread(NamedTuple):
             return MatrixShard()
         vocabulary, width = (self._axes(part) for part in self.matrix_spec(matrix))
         rows, positions = (self._axes(part) for part in TOKENS)
-        return MatrixShard(vocabulary, width, rows + positions)
+        line = make_line(self.mesh, *width) if width else None
+        return MatrixShard(vocabulary, width, rows + positions, line)
 
     def matrix_spec(self, matrix: Array) -> PartitionSpec:
         """The sharding rule's for an embedding of this shape, of two dimensions."""

@@ -127,6 +127,25 @@ def test_a_collective_spread_over_a_chain_of_fusions_counts_where_it_starts():
     assert not found.kernels
 
 
+def test_a_sum_of_which_each_device_keeps_a_part_counts_as_a_reduce_scatter():
+    text = """\
+HloModule one, num_partitions=8
+
+%all-reduce-scatter (p: f32[16,4]) -> f32[8,4] {
+  %p = f32[16,4] parameter(0)
+  %zero = s32[] constant(0)
+  %sum = f32[16,4] all-reduce(%p), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %part = f32[8,4] dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={8,4}
+}
+
+ENTRY %main (a: f32[16,4]) -> f32[8,4] {
+  %a = f32[16,4] parameter(0)
+  ROOT %own = f32[8,4] fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+    assert count(parse(text)).sent_bytes == {"reduce-scatter": 128}
+
+
 def test_what_begins_elsewhere_counts_once_where_it_begins():
     text = """\
 HloModule one, num_partitions=2

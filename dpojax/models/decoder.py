@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dpojax.batch import Batch
 from dpojax.expert_shards import ByShard, alone
+from dpojax.kernel_exchange import KernelExchange
 from dpojax.log_probs import Head, Output
 from dpojax.models.attention import attention
 from dpojax.models.block import Block, Hidden, make_norm
@@ -31,7 +32,7 @@ from dpojax.models.layers import (
     make_rotations,
     stack_layers,
 )
-from dpojax.models.linear import Attend, LookUp, Options, take
+from dpojax.models.linear import ALONE, Attend, LookUp, Options, take
 from dpojax.models.lora import LoraShape, split_adapters
 from dpojax.models.quantized import Quantization
 from dpojax.models.remat import Remat, as_residual, rematerialize
@@ -77,6 +78,7 @@ def make_model(
     lora: LoraShape | None = None,
     attend: Attend = blockwise_attention,
     look_up: LookUp = take,
+    exchange: KernelExchange = ALONE,
 ) -> Model:
     """Builds a decoder; nothing is allocated.
 
@@ -91,6 +93,7 @@ def make_model(
       lora: the parameters may hold such adapters, see `dpojax.models.lora`.
       attend: attention over whole rows; to a cache, `attention` is used.
       look_up: reads the tokens' rows of the embedding.
+      exchange: what devices exchange of the kernels that they share.
 
     Returns:
       The model's functions. They take parameters with and without adapters, and with
@@ -108,6 +111,7 @@ def make_model(
         by_shard,
         attend=attend,
         look_up=look_up,
+        exchange=exchange,
     )
     without_dropout = None if lora is None else replace(lora, dropout=0.0)
     variants = dict.fromkeys(

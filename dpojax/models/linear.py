@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dpojax.expert_shards import ByShard, alone
+from dpojax.kernel_exchange import KernelExchange
 from dpojax.models.blockwise import blockwise_attention
 from dpojax.models.lora import Lora, LoraShape
 from dpojax.models.quantized import Quantization, QuantizedKernel
@@ -28,6 +29,14 @@ def take(table: Array, tokens: Array) -> Array:
     return table[tokens]
 
 
+def kernel_gradient(path: str, hidden: Array, slope: Array) -> Array:
+    """``hidden^T slope`` ``[inputs, outputs]``, whatever the projection."""
+    return _contract("rli,rlo->io", hidden, slope)
+
+
+ALONE = KernelExchange(lambda path, kernel: kernel, kernel_gradient)
+
+
 class Options(NamedTuple):
     """How a decoder computes, apart from its shape."""
 
@@ -40,6 +49,7 @@ class Options(NamedTuple):
     lora: LoraShape | None = None
     attend: Attend = blockwise_attention
     look_up: LookUp = take
+    exchange: KernelExchange = ALONE
 
 
 class Linear(nnx.Module):
@@ -68,6 +78,7 @@ class Linear(nnx.Module):
           rngs: decides the values.
         """
         self.path, self.dtype = path, options.compute_dtype
+        self.exchange = options.exchange
         shape, dtype = (inputs, outputs), options.param_dtype
         if options.quantization is None:
             init = nnx.initializers.normal(spread)
@@ -84,7 +95,7 @@ class Linear(nnx.Module):
     def __call__(self, hidden: Array) -> Array:
         """Hidden states ``[rows, length, inputs]`` to ``[rows, length, outputs]``."""
         kernel, hidden = self.kernel[...].astype(self.dtype), hidden.astype(self.dtype)
-        product = multiply(hidden, kernel)
+        product = multiply(self.path, self.exchange, hidden, kernel)
         if self.adapted:
             product = self.lora(hidden, kernel, product)
         if self.use_bias:
@@ -92,9 +103,11 @@ class Linear(nnx.Module):
         return as_projection(product, self.path)
 
 
-@jax.custom_vjp
-def multiply(
-    hidden: Float[Array, "rows length inputs"], kernel: Float[Array, "inputs outputs"]
+def _multiply(
+    path: str,
+    exchange: KernelExchange,
+    hidden: Float[Array, "rows length inputs"],
+    kernel: Float[Array, "inputs outputs"],
 ) -> Float[Array, "rows length outputs"]:
     """``hidden kernel``, with the kernel's gradient as ``hidden^T slope``.
 
@@ -102,20 +115,26 @@ def multiply(
     already written. The usual one transposes the slope, into which XLA's compiler for
     CPUs fuses everything before it, in strides: a fifth of an MLP's time.
     """
-    return _contract("rli,io->rlo", hidden, kernel)
+    return _contract("rli,io->rlo", hidden, exchange.whole(path, kernel))
 
 
-def _multiply_forward(hidden: Array, kernel: Array) -> tuple[Array, tuple]:
+def _multiply_forward(
+    path: str, exchange: KernelExchange, hidden: Array, kernel: Array
+) -> tuple[Array, tuple]:
     # Not by calling multiply: what policies of rematerialisation name would be hidden.
-    return _contract("rli,io->rlo", hidden, kernel), (hidden, kernel)
+    product = _contract("rli,io->rlo", hidden, exchange.whole(path, kernel))
+    return product, (hidden, kernel)
 
 
-def _multiply_backward(operands: tuple[Array, Array], slope: Array) -> tuple:
+def _multiply_backward(
+    path: str, exchange: KernelExchange, operands: tuple[Array, Array], slope: Array
+) -> tuple:
     hidden, kernel = operands
-    by_hidden = _contract("rlo,io->rli", slope, kernel)
-    return by_hidden, _contract("rli,rlo->io", hidden, slope)
+    by_hidden = _contract("rlo,io->rli", slope, exchange.whole(path, kernel))
+    return by_hidden, exchange.gradient(path, hidden, slope)
 
 
+multiply = jax.custom_vjp(_multiply, nondiff_argnums=(0, 1))
 multiply.defvjp(_multiply_forward, _multiply_backward)
 
 

@@ -42,8 +42,20 @@ def sent(inside: Computation, instruction: Instruction, num_devices: int) -> Sen
         pairs = re.findall(r"\{(\d+),(\d+)", found.group(0) if found else "")
         moving = sum(source != target for source, target in pairs)
         return Sent(kind, own * moving / num_devices)
+    if kind == "all-reduce" and _keeps_part(inside, instruction):
+        kind = "reduce-scatter"
     size = group_size(instruction, num_devices)
     return Sent(kind, own * _SHARES[kind](size))
+
+
+def _keeps_part(inside: Computation, instruction: Instruction) -> bool:
+    """Whether of the sum each device is given a part only.
+
+    In a fusion of its own, that is how TPUs' compiler writes a reduce-scatter of what
+    its tiles do not divide.
+    """
+    root = inside.root
+    return root.opcode == "dynamic-slice" and root.operands[0] == instruction.name
 
 
 _SHARES = {
