@@ -1,10 +1,10 @@
 """Runs of many processes against runs of one: the same command, the same result.
 
-    python experiments/processes/run.py OUTPUT [--processes 2 4 8] [--only dpo-full]
+    python experiments/processes/run.py OUTPUT [--processes 1 2 4 8] [--only dpo-full]
 
-Each case trains a tiny model for ten steps in one process with one device, then with
-several processes of one device each, then in one process with as many devices, on
-several meshes, and compares the weights that they leave. CPUs only. It prints a row for
+Each case trains a tiny model for ten steps in one process with one device, then in one
+process with eight devices, then with several processes of one device each, on several
+meshes, and compares the weights that they leave. CPUs only. It prints a row for
 each, ``| case | processes x devices | mesh | largest difference |``, in absolute terms
 and in those of what training changed.
 """
@@ -41,13 +41,13 @@ CASES = {
     "aot-lora": ("--loss", "aot", "--lora.rank", "4"),
     "aot-full-precomputed": ("--loss", "aot", "--reference", "precomputed"),
 }  # fmt: skip
-# Of so many devices: data, fsdp and tensor.
+# Of so many processes: data, fsdp and tensor; a single one has eight devices.
 MESHES = {
+    1: ((8, 1, 1), (2, 2, 2), (1, 4, 2)),
     2: ((2, 1, 1), (1, 2, 1), (1, 1, 2)),
     4: ((2, 2, 1), (1, 2, 2)),
     8: ((2, 2, 2),),
 }
-VIRTUAL = ((8, 1, 1), (2, 2, 2), (1, 4, 2))  # of eight devices in one process
 FLAGS = (  # most of the time is compilation
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
@@ -57,7 +57,7 @@ FLAGS = (  # most of the time is compilation
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--processes", type=int, nargs="+", default=(2, 4, 8))
+    parser.add_argument("--processes", type=int, nargs="+", default=tuple(MESHES))
     parser.add_argument("--only", nargs="+", choices=CASES, default=tuple(CASES))
     settings = parser.parse_args()
     settings.output.mkdir(parents=True)
@@ -86,9 +86,7 @@ def layouts(counts: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, int, i
     """Processes, devices of each, and the mesh."""
     for count in counts:
         for mesh in MESHES[count]:
-            yield count, 1, mesh
-    for mesh in VIRTUAL:
-        yield 1, 8, mesh
+            yield count, 8 if count == 1 else 1, mesh
 
 
 def make_inputs(directory: Path) -> tuple[str, ...]:
