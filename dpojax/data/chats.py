@@ -115,6 +115,8 @@ def check_text(text: str, origin: str) -> None:
     Raises:
       BadRecord: naming the origin.
     """
+    if text.isascii():  # which a string knows without looking through it
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -228,10 +228,13 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("rating_chosen", "rating_rejected"),
 )
+_PAIR_SCORES = frozenset(name for names in SCORE_COLUMNS for name in names) | {"margin"}
 
 
 def pair_scores(row: Row) -> tuple[float, float] | None:
     """Of chosen and rejected, or else their margin and zero, or else nothing."""
+    if _PAIR_SCORES.isdisjoint(row.values):
+        return None
     for columns in SCORE_COLUMNS:
         given = [row.values.get(column) for column in columns]
         if given != [None, None]:

@@ -119,6 +119,9 @@ class ExampleWriter:
                 at = columns[name].count
                 columns[name].extend(values)
             columns[f"{name}_at"].append(at)
+        if tokens.num_last >= _TOGETHER:
+            for column in columns.values():
+                column.keep()
 
     def finish(self) -> FlatExamples:
         """The examples; what was written is in its files."""
@@ -164,33 +167,36 @@ class _Column:
     def __init__(self, dtype: str, path: Path | None):
         self._dtype, self._path = np.dtype(dtype), path
         self._last = array(self._dtype.char)
+        self._num_kept = 0
         self._memory = io.BytesIO()  # without a file
+        self.append = self._last.append
         if path is not None:
             path.write_bytes(b"")
-        self.count = 0
 
-    def append(self, number: float) -> None:
-        self._last.append(number)
-        self.count += 1
-        if len(self._last) >= _TOGETHER:
-            self._keep()
+    @property
+    def num_last(self) -> int:
+        """How many numbers are not kept yet."""
+        return len(self._last)
+
+    @property
+    def count(self) -> int:
+        """How many numbers there are."""
+        return self._num_kept + len(self._last)
 
     def extend(self, numbers: np.ndarray) -> None:
         self._last.frombytes(numbers.astype(self._dtype, copy=False).tobytes())
-        self.count += len(numbers)
-        if len(self._last) >= _TOGETHER:
-            self._keep()
 
-    def finish(self) -> np.ndarray:
-        self._keep()
-        if self._path is None:
-            return np.frombuffer(self._memory.getbuffer(), self._dtype)
-        return _map(self._path, self._dtype.str)
-
-    def _keep(self) -> None:
+    def keep(self) -> None:
         if self._path is None:
             self._memory.write(self._last)
         else:
             with self._path.open("ab") as file:
                 file.write(self._last)
+        self._num_kept += len(self._last)
         del self._last[:]
+
+    def finish(self) -> np.ndarray:
+        self.keep()
+        if self._path is None:
+            return np.frombuffer(self._memory.getbuffer(), self._dtype)
+        return _map(self._path, self._dtype.str)

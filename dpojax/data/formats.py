@@ -8,6 +8,7 @@ reads. Whoever wants them as plain text maps the columns. This file opens no fil
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -33,15 +34,23 @@ def as_record(row: Row) -> Record:
         format does not allow.
     """
     fields.check_depth(row.values, row.origin)
-    for format in FORMATS:
-        if all(column in row.values for column in format.columns):
-            _check_prompt(row, format)
-            return format.read(row)
-    raise BadRecord(_unrecognised(row))
+    format = _format_of(frozenset(row.values))
+    if format is None:
+        raise BadRecord(_unrecognised(row))
+    _check_prompt(row, format)
+    return format.read(row)
+
+
+@lru_cache  # rows of a data set have few sets of columns
+def _format_of(columns: frozenset[str]) -> Format | None:
+    """The first format whose columns these are."""
+    return next((each for each in FORMATS if columns.issuperset(each.columns)), None)
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     """A row under the names of this file: `columns` gives for each the data's own."""
+    if not columns:
+        return row
     for ours, theirs in columns.items():
         if ours not in COLUMNS:
             hint = fields.nearest_hint(ours, sorted(COLUMNS))

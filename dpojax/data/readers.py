@@ -33,8 +33,9 @@ def _pair(row: Row, prompt: Text, chosen: Text, rejected: Text) -> Record:
 
 def explicit(row: Row) -> Record:
     """Prompt, chosen and rejected, each on its own."""
-    prompt = fields.text(row, "prompt")
-    chosen, rejected = (fields.completion(row, name) for name in ("chosen", "rejected"))
+    prompt, chosen, rejected = (
+        fields.text(row, name) for name in ("prompt", "chosen", "rejected")
+    )
     return _pair(row, prompt, chosen, rejected)
 
 

@@ -157,7 +157,7 @@ def weigh_places(count: int, weight: float) -> list[Places]:
             f"A weight of {weight} leaves none of {count} records; give a larger "
             "weight or leave the data set out."
         )
-    return [np.arange(count)] * int(times) + [more]
+    return [np.arange(count)] * int(times) + [more] * (len(more) > 0)
 
 
 def _cut(places: Places, split: str, test_size: float) -> Places:

@@ -233,11 +233,14 @@ def _encode(
         adds_bos = ends.adds_bos and isinstance(record.prompt, str)
         prompt = _with_bos(ids[0], ends, adds_bos)
         piece_ids = iter(ids[1:])
-        completions = [_join(some, piece_ids, _eos(ends)) for some in texts.completions]
+        parts = [list(zip(some, piece_ids, strict=False)) for some in texts.completions]
+        completions = [_join(some, _eos(ends)) for some in parts]
         masks = None
         if not all(map(_is_scored, texts.completions)):
-            masks = [mask for _, mask in completions]
-        yield record, _Ids(prompt, [ids for ids, _ in completions], masks)
+            masks = [
+                [piece.is_scored for piece, i in some for _ in i] for some in parts
+            ]
+        yield record, _Ids(prompt, completions, masks)
 
 
 def _is_scored(pieces: Sequence[Piece]) -> bool:
@@ -251,19 +254,15 @@ def _texts(item: tuple[Record, Rendered]) -> list[str]:
     return [rendered.prompt, *pieces]
 
 
-def _join(
-    pieces: Sequence[Piece], piece_ids: Iterator[list[int]], eos: int
-) -> tuple[list[int], list[bool]]:
-    """The pieces of a completion, whose last one ends with EOS, and their mask."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    for number, piece in enumerate(pieces, start=1):
-        some = next(piece_ids)
-        if number == len(pieces):
-            _end_with(some, eos)
-        ids += some
-        mask += [piece.is_scored] * len(some)
-    return ids, mask
+def _join(parts: Sequence[tuple[Piece, list[int]]], eos: int) -> list[int]:
+    """The pieces of a completion, whose last one ends with EOS."""
+    if parts:
+        _end_with(parts[-1][1], eos)
+    return [token for _, ids in parts for token in ids]
+
+
+def _mask(parts: Sequence[tuple[Piece, list[int]]]) -> list[bool]:
+    return [piece.is_scored for piece, ids in parts for _ in ids]
 
 
 def _cut(ids: _Ids, max_length: int, bos: int | None, tally: Counter[str]) -> _Ids:
