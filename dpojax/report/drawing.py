@@ -23,7 +23,7 @@ SERIES = tuple(f"#0102{number:02x}" for number in range(16, 22))
 _VARIABLES = {INK: "--ink", FAINT: "--faint"} | {
     color: f"--series-{number}" for number, color in enumerate(SERIES)
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dpojax",
     "text.parse_math": False,  # a run's name may have dollars

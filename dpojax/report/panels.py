@@ -90,7 +90,7 @@ def _displacement(runs: Sequence[Run]) -> Panel:
     for number, run in enumerate(runs):
         for side, dashed in (("chosen", False), ("rejected", True)):
             found = curve(run.test, f"logratios/{side}")
-            label = side if len(runs) == 1 else f"{side[0].upper()}: {run.name}"
+            label = side if len(runs) == 1 else "" if dashed else run.name
             drawn.append(Line(label, _color(number), found, dashed))
     if not any(len(line.curve[0]) for line in drawn):
         why = "No evaluation has a log-ratio: the loss takes no reference, or none yet."
@@ -103,7 +103,10 @@ def _displacement(runs: Sequence[Run]) -> Panel:
     ]
     fallen = [run.name for run in runs if last(run.test, "logratios/chosen") < 0]
     meaning = f"{', '.join(fallen)}: {_DISPLACED}" if fallen else _not_displaced(runs)
-    sentence = f"Log-probability gained on the reference: {'; '.join(told)}. {meaning}"
+    how = "" if len(runs) == 1 else " (rejected: dashed)"
+    sentence = (
+        f"Log-probability gained on the reference{how}: {'; '.join(told)}. {meaning}"
+    )
     plot = drawing.lines(drawn, "log-ratio (nats)", level=0)
     return Panel(title, sentence, plot)
 
