@@ -27,11 +27,10 @@ from dpojax.losses.make import Loss
 from dpojax.measured_steps import (
     Step,
     Taken,
-    device_peak,
-    host_peak,
     measure_ceiling,
     take_steps,
 )
+from dpojax.memory_peaks import device_peak, host_peak
 from dpojax.placing import default_dtype
 from dpojax.policy import Policy, computed, load_policy, make_policy
 from dpojax.precompute import precompute

@@ -18,7 +18,9 @@ from dpojax.command_config import (
     LossesConfig,
     PlanConfig,
     ReferenceConfig,
+    ReportConfig,
     ScoreConfig,
+    WatchConfig,
 )
 from dpojax.config import TrainConfig
 from dpojax.user_code import load_names
@@ -62,8 +64,13 @@ def _dispatch(arguments: list[str]) -> None:
         | Annotated[InitConfig, tyro.conf.subcommand("init")]
         | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
+        | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+        | Annotated[WatchConfig, tyro.conf.subcommand("watch")]
     )
     config = tyro.cli(commands, prog="dpojax", description=__doc__, args=arguments)
+    if isinstance(config, ReportConfig | WatchConfig):
+        _show(config)
+        return
     # Imported here so that --help and a misspelt flag answer at once.
     from dpojax import commands as command
     from dpojax.bench import bench
@@ -104,6 +111,20 @@ def _dispatch(arguments: list[str]) -> None:
             generate(config)
         case ExportConfig():
             export(config)
+
+
+def _show(config: ReportConfig | WatchConfig) -> None:
+    """Apart from the other commands: these need no plots, and plots need no devices."""
+    from dpojax.report.page import report
+    from dpojax.report.serve import watch
+
+    if not config.runs:
+        raise ValueError("No run was given; name one or more run directories.")
+    match config:
+        case ReportConfig():
+            report(config)
+        case WatchConfig():
+            watch(config)
 
 
 def _load_experiment(path: Path) -> TrainConfig:

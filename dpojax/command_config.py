@@ -175,6 +175,26 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write runs as one HTML page with plots, which needs no network."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="run")]
+    """Run directories, finished or not; they are laid side by side."""
+    output: str | None = None
+    """File to write, in place of an older one. Default: report.html in the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Serve the page of report live, to this machine alone, until Ctrl-C."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="run")]
+    """Run directories, finished or not."""
+    port: int = 8000
+    """Of 127.0.0.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShapeConfig:
     """A model with random weights, of a known shape or a changed one."""
 

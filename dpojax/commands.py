@@ -129,7 +129,7 @@ def evaluate_policy(config: EvalConfig) -> dict[str, float]:
         "placement": make_placement(mesh),
     }
     step = make_eval_step(loaded.model.apply, loss, spread=Spread(mesh))
-    values = evaluate(step, loaded.params, reference, examples, **how)
+    values = evaluate(step, loaded.params, reference, examples, **how).values
     if config.kl_samples and reference is not None:
         prompts = [example.prompt.tolist() for example in examples[: config.kl_samples]]
         sampler = make_sampler(loaded, num_new=config.sample_tokens, **how)

@@ -1,6 +1,8 @@
 """Held-out metrics, samples, and the KL of samples. Knows no files and no training."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,9 @@ import numpy as np
 
 from dpojax import metrics
 from dpojax.completions import Settle
-from dpojax.data.loader import evaluation_batches
-from dpojax.data.packing import Example, bucket_length
+from dpojax.data.loader import packed_batches
+from dpojax.data.packing import Example, as_batch, bucket_length
+from dpojax.data.plan import Rows, round_up
 from dpojax.generate import Watch, make_generate, pad_left, trim
 from dpojax.loading import Loaded
 from dpojax.processes import gathered
@@ -22,6 +25,19 @@ from dpojax.truncation import EVERY_TOKEN, Truncation
 # (params, prompts, seed) -> completions, those of a prompt side by side; EOS ends what
 # the model has ended
 Sampler = Callable[[Params, Sequence[Sequence[int]], int], list[list[int]]]
+# (params, reference, completions) -> their KL and its standard error
+SampleKL = Callable[[Params, Params, Sequence[Sequence[int]]], dict[str, float]]
+
+# Examples of which an evaluation keeps each one's own figures: enough for a histogram
+# and for shares to within two per cent, and 40 kB an evaluation.
+NUM_KEPT = 1_024
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation finds."""
+
+    values: dict[str, float]  # each mean, with its standard error as ``_se``
+    figures: dict[str, list[float]]  # of each of the first examples, in their order
 
 
 def evaluate(
@@ -32,16 +48,39 @@ def evaluate(
     *,
     batch_size: int,
     placement: Placement,
-) -> dict[str, float]:
-    """The metrics of all examples, each mean with its standard error as ``_se``."""
+) -> Evaluation:
+    """The metrics of all examples, and the first `NUM_KEPT` ones' own figures."""
     total: metrics.Sums | None = None
+    kept: list[tuple[Rows, metrics.Sums]] = []
     with track("Evaluating", total=-(-len(examples) // batch_size)) as advance:
-        for batch in evaluation_batches(examples, batch_size, placement.num_shards):
-            sums = step(params, reference, placement.put(batch))
+        for rows, batch in packed_batches(examples, batch_size, placement.num_shards):
+            sums, figures = step(params, reference, placement.put(batch))
             total = sums if total is None else metrics.add(total, sums)
+            if any(place < NUM_KEPT for row in rows for place in row):
+                kept.append((rows, figures))
             advance("")
     assert total is not None
-    return metrics.summarize(total)
+    return Evaluation(metrics.summarize(total), _in_order(kept, len(examples)))
+
+
+def _in_order(
+    kept: Sequence[tuple[Rows, metrics.Sums]], num_examples: int
+) -> dict[str, list[float]]:
+    """Figures of slots to those of examples; fetched now, when all are dispatched."""
+    count = min(num_examples, NUM_KEPT)
+    found = {name: [math.nan] * count for name in kept[0][1]}
+    for rows, figures in kept:
+        slots = [
+            (row, slot, place)
+            for row, places in enumerate(rows)
+            for slot, place in enumerate(places)
+            if place < count
+        ]
+        for name, array in figures.items():
+            values = gathered(array)
+            for row, slot, place in slots:
+                found[name][place] = float(values[row, slot])
+    return found
 
 
 def make_sampler(
@@ -171,4 +210,40 @@ def sampled_kl(
     step = make_kl_step(loaded.model.apply, spread=Spread(placement.mesh))
     return evaluate(
         step, params, reference, examples, batch_size=batch_size, placement=placement
-    )
+    ).values
+
+
+def make_sample_kl(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_new: int,
+    placement: Placement,
+) -> SampleKL:
+    """Builds a function that measures `sampled_kl` again and again, compiled once.
+
+    Args:
+      loaded: the model.
+      prompts: token ids, always the same.
+      num_new: most tokens of a completion, which decides the shape.
+      placement: how rows reach the devices.
+
+    Returns:
+      ``samples/kl`` and ``samples/kl_se`` of the completions of these prompts.
+    """
+    step = make_kl_step(loaded.model.apply, spread=Spread(placement.mesh))
+    length = bucket_length(max(map(len, prompts)) + num_new)
+    num_empty = round_up(len(prompts), placement.num_shards) - len(prompts)
+
+    def sample_kl(
+        params: Params, reference: Params, completions: Sequence[Sequence[int]]
+    ) -> dict[str, float]:
+        rows = [
+            [Example(np.asarray(prompt, np.int32), (np.asarray(tokens, np.int32),))]
+            for prompt, tokens in zip(prompts, completions, strict=True)
+        ]
+        batch = as_batch(rows + [[]] * num_empty, length=length, num_completions=1)
+        sums, _ = step(params, reference, placement.put(batch))
+        return metrics.summarize({"samples/kl": sums["kl"]})
+
+    return sample_kl

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from dpojax import metrics
 from dpojax.batch import Batch
+from dpojax.memory_peaks import host_peak, reset_host_peak
 from dpojax.precision import precision_of
 from dpojax.sharding import Placement, put_ahead
 from dpojax.train_step import TrainState
@@ -142,29 +143,3 @@ def measure_ceiling(dtype: Any) -> float:
             seconds = time.perf_counter() - start
             best = max(best, 2 * size**3 * len(devices) / seconds)
     return best
-
-
-def host_peak() -> int | None:
-    """Bytes of memory that the process has had at most, where Linux tells."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            lines = dict(line.split(":", 1) for line in status)
-    except OSError:
-        return None
-    return 1024 * int(lines["VmHWM"].split()[0])
-
-
-def reset_host_peak() -> None:
-    """Begins the peak of `host_peak` anew, where Linux allows it."""
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as references:
-            references.write("5")
-    except OSError:
-        return
-
-
-def device_peak() -> int | None:
-    """The same of the device that has had most; None where devices do not tell."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
-    return max(peaks, default=None)

@@ -1,11 +1,15 @@
-"""``metrics.jsonl``: what a run measured, a JSON object a line, in the order of steps.
+"""What a run measured, a JSON object a line, in the order of steps.
+
+    metrics.jsonl   means, of training and of the held-out examples
+    held_out.jsonl  of each evaluation, the figures of the first held-out examples
 
 This file does not know what is measured.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +36,17 @@ class MetricsFile:
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Appends a line; numbers that are not finite become null."""
         finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
-        line = json.dumps({"step": step, "split": split} | finite, allow_nan=False)
+        self._append({"step": step, "split": split} | finite)
+
+    @only_first
+    def write_each(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
+        """Appends a line of lists, to six digits; nothing where there are none."""
+        rounded = {name: [_rounded(x) for x in some] for name, some in values.items()}
+        if rounded:
+            self._append({"step": step} | rounded)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row, allow_nan=False)
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -41,3 +55,7 @@ class MetricsFile:
         """Returns when all lines would survive the machine's sudden end too."""
         with self.path.open("a", encoding="utf-8") as file:
             reach_disk(file)
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.6g}") if np.isfinite(value) else None

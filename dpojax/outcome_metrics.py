@@ -69,6 +69,29 @@ def outcome_sums(
     return sums
 
 
+def example_figures(
+    loss: Loss, outcomes: Mapping[str, Outcome], candidates: Scores
+) -> Sums:
+    """What each example says for itself, ``[*batch]``; nothing without rewards.
+
+    Rewards and lengths of the preferred and the other completion; of judged completions
+    reward, length and label.
+    """
+    rewards = next(filter(None, (one.rewards for one in outcomes.values())), None)
+    if rewards is None or loss.kind == "single":
+        return {}
+    if loss.kind == "judged":
+        return {
+            "reward": rewards[0],
+            "length": candidates.length[..., 0],
+            "label": candidates.rating[..., 0],
+        }
+    sides = _sides(loss, candidates, rewards, candidates.present[..., 0])
+    return {f"{name}_reward": side.reward for name, side in sides.items()} | {
+        f"{name}_length": side.scores.length for name, side in sides.items()
+    }
+
+
 def token_metric_sums(loss: Loss, sums: Mapping[str, Array], length: Array) -> Sums:
     """Means over tokens, from sums over completions ``[rows, slots, completions]``.
 

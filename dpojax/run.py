@@ -16,11 +16,12 @@ from dpojax.connecting import connect
 from dpojax.data.bad_records import Skipped
 from dpojax.data.loader import counted_batches, fingerprint, locate
 from dpojax.data.packing import Example, OwnRows, every_row, with_mismatched
-from dpojax.evaluation import evaluate, make_sampler, sample_metrics
+from dpojax.evaluation import evaluate, make_sample_kl, make_sampler, sample_metrics
 from dpojax.examples import balance_advice, load_split
 from dpojax.fitting import check_memory, fit
 from dpojax.loading import Loaded, as_reward_examples, check_positions
 from dpojax.losses.make import Loss
+from dpojax.memory_peaks import peak_memory
 from dpojax.metrics_file import MetricsFile
 from dpojax.not_finite import Case, explain
 from dpojax.policy import computed, load_policy, make_policy, write_trained
@@ -175,7 +176,10 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
         unlogged = saved["unlogged"]
     if config.resume:
         say(f"Resuming {directory} at step {step}.")
-    log = MetricsFile(directory / "metrics.jsonl", keep_until=step or -1)
+    log, each = (
+        MetricsFile(directory / name, keep_until=step or -1)
+        for name in ("metrics.jsonl", "held_out.jsonl")
+    )
 
     # -- Evaluation -------------------------------------------------------------------
     eval_step = make_eval_step(
@@ -190,16 +194,18 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
 
     def evaluated(step: int) -> dict[str, float]:
         params = policy.whole(state.params)
-        values = evaluate(
+        reference = state.moving.get("reference", policy.reference)
+        values, figures = evaluate(
             partial(eval_step, running=state.running),
             params,
-            state.moving.get("reference", policy.reference),
+            reference,
             test,
             batch_size=config.batch_size,
             placement=placement,
         )
-        values |= sampled(params, step)
+        values |= sampled(params, reference, step)
         log.write(step, "test", values)
+        each.write_each(step, figures)
         say(figures_line(f"test  step {step}", values))
         return values
 
@@ -216,6 +222,7 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
     # -- The loop ---------------------------------------------------------------------
     def logged(step: int, values: dict[str, float]) -> None:
         values["learning_rate"] = float(training.learning_rates[step - 1])
+        values["memory_gib"] = peak_memory() or math.nan
         values["epoch"] = min(step * config.batch_size, num_seen) / len(train)
         log.write(step, "train", values)
         if step == num_steps or step % config.log_every == 0:
@@ -271,6 +278,7 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
                         last, last_at = evaluated(step), step
                     if due["save"]:
                         log.keep()
+                        each.keep()
                         newest = {
                             "evaluation": last,
                             "evaluated_at": last_at,
@@ -306,21 +314,29 @@ def _make_sample_writer(
     test: Sequence[Example],
     placement: Placement,
     directory: Path,
-) -> Callable[[Params, int], dict[str, float]]:
+) -> Callable[[Params, Params | None, int], dict[str, float]]:
     """A function that continues the same held-out prompts, writes them and measures."""
     prompts = [example.prompt.tolist() for example in test[: config.sample_prompts]]
     if not prompts or "reward_head" in loss.needs:
-        return lambda params, step: {}
+        return lambda params, reference, step: {}
     sampler = make_sampler(
         loaded,
         num_new=config.sample_tokens,
         batch_size=len(prompts),
         placement=placement,
     )
+    kl = make_sample_kl(
+        loaded, prompts, num_new=config.sample_tokens, placement=placement
+    )
 
-    def sampled(params: Params, step: int) -> dict[str, float]:
+    def sampled(
+        params: Params, reference: Params | None, step: int
+    ) -> dict[str, float]:
         completions = sampler(params, prompts, config.seed)
         write_samples(directory, step, prompts, completions, loaded.tokenizer)
-        return sample_metrics(completions, loaded.eos_token)
+        values = sample_metrics(completions, loaded.eos_token)
+        if reference is not None:
+            values |= kl(params, reference, completions)
+        return values
 
     return sampled

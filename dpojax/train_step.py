@@ -22,6 +22,7 @@ from dpojax.log_probs import completion_kl
 from dpojax.losses.make import Loss
 from dpojax.measure import Apply, Measured, Params, TokenMetric, make_measure
 from dpojax.metrics import Sums
+from dpojax.outcome_metrics import example_figures
 from dpojax.reference import Movement
 from dpojax.routing import load_balancing_loss
 from dpojax.spread import ALONE, Spread
@@ -29,7 +30,8 @@ from dpojax.vocabulary.tiles import TILE
 
 # (state, reference, batch) -> (state, sums), jitted
 TrainStep = jax.stages.Wrapped
-EvalStep = Callable[..., Sums]  # (params, reference, batch, running=...)
+# (params, reference, batch, running=...) -> (sums, figures of each example), jitted
+EvalStep = Callable[..., tuple[Sums, Sums]]
 # (what is trained, what is frozen, step) -> parameters of policy and reference
 Roles = Callable[[Params, Any, Array], tuple[Params, Params | None]]
 
@@ -196,8 +198,9 @@ def make_eval_step(
     chunk_size: int = 512,
     spread: Spread = ALONE,
 ) -> EvalStep:
-    """Builds ``eval_step(params, reference, batch, running={}) -> sums``, jitted.
+    """Builds ``eval_step(params, reference, batch, running={})``, jitted.
 
+    It returns the batch's sums, and each example's own figures ``[rows, slots]``.
     Statistics that a loss carries are used as they are, and not changed. Of a model
     with experts, ``aux_loss`` is that of the tokens of all batches together.
     """
@@ -214,10 +217,12 @@ def make_eval_step(
         reference: Params | None,
         batch: Batch,
         running: Running | None = None,
-    ) -> Sums:
+    ) -> tuple[Sums, Sums]:
         measured = measure(params, reference, batch)
         running = loss.initial_running() if running is None else running
-        return judge(loss, measured, batch, running, denominators(batch))[1]
+        sums = judge(loss, measured, batch, running, denominators(batch))[1]
+        outcomes = loss(measured.scores, running)  # as above; the compiler sees it
+        return sums, example_figures(loss, outcomes, measured.scores)
 
     return jax.jit(eval_step)
 
@@ -225,15 +230,18 @@ def make_eval_step(
 def make_kl_step(
     apply: Apply, *, chunk_size: int = 512, spread: Spread = ALONE
 ) -> EvalStep:
-    """Builds ``kl_step(params, reference, batch) -> sums``, jitted.
+    """Builds ``kl_step(params, reference, batch)``, an evaluation step, jitted.
 
     On completions sampled from the policy, the mean of ``kl`` estimates the
     sequence-level KL(policy || reference), in nats.
     """
 
-    def kl_step(params: Params, reference: Params | None, batch: Batch) -> Sums:
+    def kl_step(
+        params: Params, reference: Params | None, batch: Batch
+    ) -> tuple[Sums, Sums]:
         policy, frozen = apply(params, batch), apply(reference, batch)
         kl = completion_kl(policy, frozen, batch, chunk_size=chunk_size, spread=spread)
-        return {"kl": metrics.moments(kl[..., 0], jnp.asarray(batch.live))}
+        mean = metrics.moments(kl[..., 0], jnp.asarray(batch.live))
+        return {"kl": mean}, {"kl": kl[..., 0]}
 
     return jax.jit(kl_step)

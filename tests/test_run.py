@@ -45,8 +45,9 @@ def whole(config: TrainConfig) -> Result:
 def metrics_of(directory: Path) -> list[dict]:
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
+    of_the_machine = ("tokens_per_second", "memory_gib")
     return [
-        {name: value for name, value in row.items() if name != "tokens_per_second"}
+        {name: value for name, value in row.items() if name not in of_the_machine}
         for row in rows
     ]
 
@@ -59,7 +60,10 @@ def samples_of(directory: Path) -> list[dict]:
 def test_a_run_leaves_what_its_documentation_says(whole: Result, config: TrainConfig):
     directory = whole.directory
     names = {"checkpoints", "config.py", "final", "lock", "metrics.jsonl", "model"}
-    assert {path.name for path in directory.iterdir()} == names | {"samples.jsonl"}
+    assert {path.name for path in directory.iterdir()} == names | {
+        "held_out.jsonl",
+        "samples.jsonl",
+    }
     assert _load_experiment(directory / "config.py") == replace(config, output=None)
     rows = metrics_of(directory)
     assert [row["step"] for row in rows if row["split"] == "test"] == [0, 2, 4]
@@ -144,6 +148,25 @@ def test_each_evaluation_samples_and_tells_length_and_ends(whole: Result):
         assert 0 <= row["samples/eos_rate"] <= 1
     first = whole.first_evaluation
     assert first["samples/length"] == tested[0]["samples/length"]
+
+
+def test_samples_are_as_far_from_the_reference_as_training_has_moved(whole: Result):
+    tested = [row for row in metrics_of(whole.directory) if row["split"] == "test"]
+    kl = [row["samples/kl"] for row in tested]
+    assert kl[0] == 0
+    assert kl[-1] > 0
+
+
+def test_the_figures_of_held_out_examples_have_the_means_of_metrics(whole: Result):
+    text = (whole.directory / "held_out.jsonl").read_text("utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    tested = [row for row in metrics_of(whole.directory) if row["split"] == "test"]
+    assert [line["step"] for line in lines] == [row["step"] for row in tested]
+    for line, row in zip(lines, tested, strict=True):
+        for side in ("chosen", "rejected"):
+            rewards, lengths = line[f"{side}_reward"], line[f"{side}_length"]
+            assert np.mean(rewards) == pytest.approx(row[f"rewards/{side}"], abs=1e-5)
+            assert np.mean(lengths) == pytest.approx(row[f"lengths/{side}"])
 
 
 def test_by_hand_the_length_and_the_ends_of_samples():

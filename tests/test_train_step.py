@@ -419,17 +419,17 @@ def test_an_example_of_weight_two_counts_as_two(model: Model, params: Any):
     step = make_eval_step(model.apply, make_loss("mpo"))
     heavy = [examples[0]._replace(weight=2.0), *examples[1:]]
     twice = [examples[0], *examples]
-    weighted = means(step(params, other, one_per_row(heavy)))["loss"]
-    repeated = means(step(params, other, one_per_row(twice)))["loss"]
+    weighted = means(step(params, other, one_per_row(heavy))[0])["loss"]
+    repeated = means(step(params, other, one_per_row(twice))[0])["loss"]
     assert weighted == pytest.approx(repeated, rel=1e-6)
 
 
 def test_empty_rows_change_nothing(model: Model, params: Any):
     examples = random_examples(3)
     step = make_eval_step(model.apply, make_loss("dpo"))
-    full = means(step(params, params, one_per_row(examples)))
+    full = means(step(params, params, one_per_row(examples))[0])
     rows = [*([example] for example in examples), []]
-    padded = means(step(params, params, as_batch(rows, length=32)))
+    padded = means(step(params, params, as_batch(rows, length=32))[0])
     assert_close(full, padded, 1e-6)
 
 
@@ -437,10 +437,10 @@ def test_several_examples_in_a_row_equal_one_in_each(model: Model, params: Any):
     examples = random_examples(4)
     other = jax.jit(model.init)(jax.random.key(3))
     step = make_eval_step(model.apply, make_loss("dpo"))
-    apart = means(step(params, other, one_per_row(examples)))
+    apart = means(step(params, other, one_per_row(examples))[0])
     rows = [examples[:3], examples[3:]]
     packed = as_batch(rows, length=96, num_slots=3)
-    assert_close(apart, means(step(params, other, packed)), 1e-5)
+    assert_close(apart, means(step(params, other, packed)[0]), 1e-5)
 
 
 def test_the_state_is_donated_and_the_reference_never(model: Model, params: Any):
