@@ -7,8 +7,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+
+from dpojax.loading import load_model
+from dpojax.placing import Keeping
+from dpojax.sharding import make_mesh
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "imdb_sentiment"
 
@@ -81,3 +86,35 @@ def test_a_piece_is_longer_than_its_window_where_the_review_is() -> None:
         assert piece.strip() in words
         ends = piece.endswith(" 999")
         assert ends or len(piece.split()) == 80
+
+
+class Lengths:
+    """An oracle to which the longer text is the better one."""
+
+    def log_odds(self, texts: list[str]) -> np.ndarray:
+        return np.array([float(len(text)) for text in texts])
+
+
+def test_the_sft_model_has_kl_0_and_a_changed_one_has_not(tmp_path: Path) -> None:
+    """What is measured is cut at the length, and what is trained on goes beyond it."""
+    policies, size = import_module("policies"), import_module("sizes").TINY
+    texts = ["the film was good and the end was bad"]
+    import_module("language").write_new_model(tmp_path / "m", texts, size)
+    sft = load_model(str(tmp_path / "m"), Keeping(make_mesh()))
+    writer = policies.Writer(sft, 12)
+    openings = ["the film", "the end was"]
+    written = writer.write(sft.params, openings, 0)
+    ids = zip(written.prompts, written.tokens, strict=True)
+    assert max(len(prompt) + len(tokens) for prompt, tokens in ids) <= 12
+    for opening, whole, text in zip(
+        openings, written.whole, written.texts, strict=True
+    ):
+        # The last character that counts may be a part of one.
+        assert (opening + text).startswith(whole.rstrip("\ufffd"))
+    found = policies.measure(writer, sft.params, openings, Lengths(), 0)
+    assert found["kl"] == found["reverse_per_token"] == 0
+    assert found["reward"] == np.mean([len(text) for text in written.whole])
+    changed = jax.tree.map(lambda array: 1.5 * array, sft.params)
+    found = policies.measure(writer, changed, openings, Lengths(), 0)
+    assert found["kl"] > 0
+    assert found["kl_per_token"] * found["length"] == pytest.approx(found["kl"])
