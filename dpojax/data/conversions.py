@@ -132,10 +132,11 @@ class Conversion:
 
     def _checked(self, record: Record) -> Record:
         """The record, if it can be of that kind."""
-        if (record.kind, self._kind) in _REFUSALS:
+        kinds = record.kind, self._kind
+        if kinds in _REFUSALS:
             raise BadRecord(
                 f"{record.origin} is {record.kind!r} and {self._kind!r} is needed; "
-                f"{_REFUSALS[record.kind, self._kind]}."
+                f"{_REFUSALS[kinds]}."
             )
         if self._kind == "pair" and self._needs_scores and record.scores is None:
             raise BadRecord(
@@ -147,14 +148,14 @@ class Conversion:
 
     def _convert(self, index: int, record: Record) -> list[Record]:
         kind, tally = self._kind, self._tally
-        if record.kind == "ranked" and kind == "pair":
+        is_ranked = record.kind == "ranked"
+        if is_ranked and kind == "pair":
             tally["ranked"] += 1
             random = np.random.default_rng((self._seed, index))
             converted = list(self._pairs(record, random))
         else:
             converted = _CONVERSIONS[record.kind, kind](record)
         if not converted:
-            is_ranked = record.kind == "ranked"
             tally["dropped_ties" if is_ranked else "dropped_undesirable"] += 1
         if kind == "pair" and self._needs_scores:
             ordered = [pair for pair in converted if _is_ordered(pair)]

@@ -126,7 +126,7 @@ def checked_completion(value: Any, name: str, origin: str) -> Text:
 def is_blank(completion: Text) -> bool:
     """Whether nothing is said, and no tool is called."""
     if isinstance(completion, str):
-        return not completion.strip()
+        return not completion or completion.isspace()
     said = (
         message.get("content") or message.get("tool_calls") for message in completion
     )
@@ -163,11 +163,14 @@ def check_depth(value: Any, where: str) -> None:
     """Refuses what is nested so deeply that whoever looks into it may not come out."""
     level = [value]
     for _ in range(_DEEPEST):
-        lists = [inside for inside in level if isinstance(inside, list)]
-        lists += [inside.values() for inside in level if isinstance(inside, dict)]
-        level = [value for inside in lists for value in inside]
-        if not level:
+        lists = [inside for inside in level if isinstance(inside, list | dict)]
+        if not lists:
             return
+        level = [
+            value
+            for inside in lists
+            for value in (inside.values() if isinstance(inside, dict) else inside)
+        ]
     raise BadRecord(f"{where} is nested more than {_DEEPEST} levels deep.")
 
 

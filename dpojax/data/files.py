@@ -93,6 +93,7 @@ class JsonLines:
           BadRecord: naming a line that is no row, if all are checked.
         """
         all_checked &= not self._is_checked  # once is enough
+        name = str(self.files[0])
         wanted = iter(places)
         place = next(wanted, None)
         for index, (number, line) in enumerate(self._lines()):
@@ -100,7 +101,7 @@ class JsonLines:
                 return
             if index != place and not all_checked:
                 continue
-            row = _parse(line, f"{self.files[0]}, line {number}")
+            row = _parse(line, f"{name}, line {number}")
             if all_checked:
                 checked_row(row)
             if index == place:
@@ -116,7 +117,7 @@ class JsonLines:
             # What is no UTF-8 becomes halves of surrogate pairs, which are found later.
             with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
                 for number, line in enumerate(_lines(file, path), start=1):
-                    if line.strip():
+                    if not line.isspace():
                         yield number, line
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(

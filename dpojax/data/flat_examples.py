@@ -106,19 +106,22 @@ class ExampleWriter:
         self._fingerprint.add(example)
         columns = self._columns
         tokens, ends = columns["tokens"], columns["ends"]
+        end = tokens.count
         for part in (example.prompt, *example.completions):
             tokens.extend(part)
-            ends.append(tokens.count)
+            end += len(part)
+            ends.append(end)
         columns["parts"].append(ends.count)
         columns["weights"].append(example.weight)
-        scores = None if example.scores is None else np.array(example.scores)
-        masks = None if example.masks is None else np.concatenate(example.masks)
-        for name, values in (("scores", scores), ("masks", masks)):
-            at = -1
-            if values is not None:
-                at = columns[name].count
-                columns[name].extend(values)
-            columns[f"{name}_at"].append(at)
+        scores_at = masks_at = -1
+        if example.scores is not None:
+            scores_at = columns["scores"].count
+            columns["scores"].extend(np.array(example.scores))
+        if example.masks is not None:
+            masks_at = columns["masks"].count
+            columns["masks"].extend(np.concatenate(example.masks))
+        columns["scores_at"].append(scores_at)
+        columns["masks_at"].append(masks_at)
         if tokens.num_last >= _TOGETHER:
             for column in columns.values():
                 column.keep()

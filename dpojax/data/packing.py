@@ -5,6 +5,7 @@ This file knows neither text nor where examples come from, nor why they share a 
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ def every_row(num_rows: int) -> Iterable[int]:
 
 def row_length(example: Example) -> int:
     """Positions that an example takes: ``P - 1 + sum(n_k)``."""
-    return len(example.prompt) - 1 + sum(len(tokens) for tokens in example.completions)
+    return len(example.prompt) - 1 + sum(map(len, example.completions))
 
 
 def row_lengths(examples: Sequence[Example]) -> Lengths:
@@ -238,7 +239,8 @@ def _are_known(rows: Sequence[Sequence[Example]], name: str) -> bool:
     Raises:
       ValueError: if some do and others do not.
     """
-    is_known = [example._asdict()[name] is not None for row in rows for example in row]
+    number = attrgetter(name)
+    is_known = [number(example) is not None for row in rows for example in row]
     if any(is_known) and not all(is_known):
         raise ValueError(
             f"{sum(is_known)} of {len(is_known)} examples of a batch come with the "
@@ -267,33 +269,35 @@ def _lay_out(
     Returns:
       These, without padding, and how many of them each row has.
     """
-    inputs, labels, firsts, numbers, branches = [], [], [], [], []
+    inputs, labels, sizes, firsts, numbers, branches = [], [], [], [], [], []
     used = np.zeros(len(rows), int)
     for row, examples in enumerate(rows):
         for slot, example in enumerate(examples):
             used[row] += row_length(example)
             for branch, tokens, targets in _segments(example):
-                inputs.append(tokens)
+                inputs += tokens
                 labels.append(targets)
+                sizes.append(len(targets))
                 firsts.append(len(example.prompt) - 1 if branch else 0)
                 numbers.append(slot + 1)
                 branches.append(branch)
-    sizes = np.array([len(tokens) for tokens in inputs], int)
-    starts = np.cumsum(sizes) - sizes
+    lengths = np.array(sizes, int)
+    starts = np.cumsum(lengths) - lengths
     of_segments = np.array([firsts - starts, numbers, branches], int)
-    shifts, example, branch = np.repeat(of_segments, sizes, axis=1)
+    shifts, example, branch = np.repeat(of_segments, lengths, axis=1)
     none = np.zeros(0, np.int32)
     tokens, targets = (np.concatenate([none, *parts]) for parts in (inputs, labels))
     position = np.arange(len(tokens)) + shifts
     return np.stack([tokens, targets, position, example, branch]), used
 
 
-def _segments(example: Example) -> Iterator[tuple[int, Tokens, Tokens]]:
-    """Branch number, inputs and labels: the prompt's, then each completion's."""
+def _segments(example: Example) -> Iterator[tuple[int, tuple[Tokens, ...], Tokens]]:
+    """Branch number, inputs in parts and labels: the prompt's, each completion's."""
     prompt = example.prompt
-    yield 0, prompt[:-1], np.zeros(len(prompt) - 1, np.int32)
+    before, last = prompt[:-1], prompt[-1:]
+    yield 0, (before,), np.zeros_like(before)
     for index, completion in enumerate(example.completions):
         labels = completion
         if example.masks is not None:
             labels = np.where(example.masks[index], completion, -1)
-        yield index + 1, np.concatenate([prompt[-1:], completion[:-1]]), labels
+        yield index + 1, (last, completion[:-1]), labels

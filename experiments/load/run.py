@@ -10,7 +10,9 @@ Two starts, each a process of its own, with a cache that is empty at the first. 
 prepares the training and the test split as `dpojax train` does, takes the fingerprint
 for a checkpoint's note, and goes through all batches of an epoch: the order, the rows
 and their layout. The peak is that of the process (Linux's VmHWM), Python, JAX and
-mapped files included.
+mapped files included. Then, in the same run and for comparing machines: what the
+tokenizers library alone takes on a sample of the texts, and the speed of NumPy's
+matrix products.
 """
 
 import argparse
@@ -22,8 +24,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dpojax.config import TrainConfig
 from dpojax.data.loader import counted_batches, fingerprint
@@ -33,6 +38,8 @@ from dpojax.examples import load_split
 from dpojax.prepare import make_configured_loss
 
 BATCH_SIZE = 64
+SAMPLE, TOGETHER = 20_000, 1_024  # pairs
+MATRIX, TIMES = 2_048, 5
 
 
 def measure(data: str, tokenizer_name: str, end_of_sequence: str) -> dict[str, Any]:
@@ -104,6 +111,35 @@ def report(name: str, figures: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def measure_library(data: Path, tokenizer_name: str, end_of_sequence: str) -> str:
+    """How fast the tokenizers library alone is on the texts of the first pairs."""
+    backend = load_tokenizer(tokenizer_name, end_of_sequence).backend_tokenizer
+    with data.open(encoding="utf-8") as file:
+        pairs = [json.loads(line) for line in islice(file, SAMPLE)]
+    windows = [pairs[at : at + TOGETHER] for at in range(0, len(pairs), TOGETHER)]
+    start, used = time.perf_counter(), time.process_time()
+    for window in windows:
+        texts = [pair[name] for pair in window for name in pair]
+        backend.encode_batch_fast(texts, add_special_tokens=False)
+    wall, processor = time.perf_counter() - start, time.process_time() - used
+    return (
+        f"The tokenizers library alone, on {len(pairs):,} of these pairs: "
+        f"{len(pairs) / wall:,.0f} pairs/s, "
+        f"{processor / len(pairs) * 1e6:.0f} µs of processors a pair"
+    )
+
+
+def measure_products() -> str:
+    """The speed of NumPy's products of float32 matrices, the best of a few."""
+    matrix = np.ones((MATRIX, MATRIX), np.float32)
+    seconds = []
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return f"Matrix products: {2 * MATRIX**3 / min(seconds) / 1e9:.0f} GFLOP/s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
@@ -131,6 +167,8 @@ def main() -> None:
         f"{first['pairs']:,} pairs of {first['positions']:.0f} positions on average, "
         f"{first['filled']:.1%} of the batches' positions filled"
     )
+    print(measure_library(settings.data, settings.tokenizer, settings.eos_token))
+    print(measure_products())
 
 
 if __name__ == "__main__":
