@@ -42,6 +42,7 @@ def main(
         panel.set_title(loss)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
+    panels[0].set_yscale("symlog", linthresh=1)  # shared: one falls far further
     panels[0].set_ylabel("log-ratio to the reference, nats")
     panels[0].legend()
     figure.tight_layout()

@@ -1,7 +1,8 @@
 """Likelihood displacement: DPO makes chosen answers less likely where pairs resemble.
 
 Claim: on sentences of BLiMP that differ from their rejected ones in one word, the
-chosen log-ratio falls below zero under dpo, and stays above under dpop and dpo+sft.
+chosen log-ratio falls by many nats under dpo, and by less than one under dpop and
+dpo+sft.
 Command: python experiments/displacement/run.py --output runs/displacement
 Hardware, time and result: README.md beside this file; plot.py makes its figure.
 

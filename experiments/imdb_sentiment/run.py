@@ -1,7 +1,7 @@
 """The DPO paper's controlled sentiment on IMDb: from raw reviews to the frontier.
 
-Claim: at every KL, DPO's policies earn a higher reward than those of preferred-FT and
-of unlikelihood (Rafailov et al. 2023, Figure 2, left).
+Question: at every KL, do DPO's policies earn a higher reward than those of
+preferred-FT and of unlikelihood (Rafailov et al. 2023, Figure 2, left)?
 Command: python experiments/imdb_sentiment/run.py --output runs/imdb --size small
 Hardware, time and result: README.md beside this file.
 
