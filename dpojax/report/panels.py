@@ -24,8 +24,8 @@ _NO_FIGURES = (
 _DISPLACED = (
     "Answers that are to be preferred became less likely than under the reference, and "
     "margins grow only since the rejected ones fall further: likelihood displacement. "
-    "Where answers like the chosen ones are wanted, try --loss dpop, --loss dpo+sft "
-    "(RPO), a lower learning rate or a higher --beta."
+    "Where answers like the chosen ones are wanted, try the loss dpop or dpo+sft (RPO), "
+    "a lower learning rate or a higher beta."
 )
 
 
@@ -280,7 +280,7 @@ def _of_training(
     if not any(len(line.curve[0]) for line in drawn):
         why = "no step was logged yet, or the run is older than this metric."
         return Panel(title, f"No line has {metric}: {why}")
-    return Panel(title, sentence, drawing.lines(drawn, y_label))
+    return Panel(title, sentence, drawing.lines(drawn, y_label, from_zero=True))
 
 
 def _of_test(runs: Sequence[Run], metric: str) -> list[Line]:
