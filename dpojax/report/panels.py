@@ -24,8 +24,8 @@ _NO_FIGURES = (
 _DISPLACED = (
     "Answers that are to be preferred became less likely than under the reference, and "
     "margins grow only since the rejected ones fall further: likelihood displacement. "
-    "Where answers like the chosen ones are wanted, try the loss dpop or dpo+sft (RPO), "
-    "a lower learning rate or a higher beta."
+    "Where answers like the chosen ones are wanted, try the loss dpop or dpo+sft "
+    "(RPO), a lower learning rate or a higher beta."
 )
 
 
