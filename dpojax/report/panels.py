@@ -101,7 +101,7 @@ def _displacement(runs: Sequence[Run]) -> Panel:
         for run in runs
         if np.isfinite(last(run.test, "logratios/chosen"))
     ]
-    fallen = [run.name for run in runs if last(run.test, "logratios/chosen") < 0]
+    fallen = [run.name for run in runs if _has_fallen(run)]
     meaning = f"{', '.join(fallen)}: {_DISPLACED}" if fallen else _not_displaced(runs)
     how = "" if len(runs) == 1 else " (rejected: dashed)"
     sentence = (
@@ -111,10 +111,16 @@ def _displacement(runs: Sequence[Run]) -> Panel:
     return Panel(title, sentence, plot)
 
 
+def _has_fallen(run: Run) -> bool:
+    """Whether chosen answers are less likely, by more than two standard errors."""
+    error = np.nan_to_num(last(run.test, "logratios/chosen_se"))
+    return last(run.test, "logratios/chosen") < -2 * error
+
+
 def _not_displaced(runs: Sequence[Run]) -> str:
     if all(last(run.test, "logratios/chosen") == 0 for run in runs):
         return "The policy is still the reference."
-    return "Chosen answers became more likely: no likelihood displacement on average."
+    return "Chosen answers are no less likely than before: no likelihood displacement."
 
 
 def _histogram(run: Run, known: Sequence[Pairs], color: str) -> Panel:
