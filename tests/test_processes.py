@@ -219,6 +219,17 @@ def assert_same_run(found: Path, wanted: Path) -> None:
         (place / "samples.jsonl").read_text("utf-8") for place in (found, wanted)
     ]
     assert samples[0] == samples[1]
+    for line, other in zip(
+        *(
+            (place / "held_out.jsonl").read_text("utf-8").splitlines()
+            for place in (found, wanted)
+        ),
+        strict=True,
+    ):
+        each, expected_each = json.loads(line), json.loads(other)
+        assert each.keys() == expected_each.keys()
+        for name, values in expected_each.items():
+            np.testing.assert_allclose(each[name], values, rtol=1e-4, atol=1e-5)
     weights, others = (
         load_file(place / "final" / "model.safetensors") for place in (found, wanted)
     )

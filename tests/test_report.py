@@ -114,7 +114,7 @@ def test_displacement_is_told_where_chosen_answers_fell(
     tmp_path: Path, chosen: float, told: bool
 ):
     text = page([str(write_run(tmp_path / "run", chosen=chosen))])
-    assert ("--loss dpop" in text) == told
+    assert ("the loss dpop" in text) == told
 
 
 def test_a_run_that_has_just_begun_has_a_page_that_says_what_is_missing(tmp_path: Path):

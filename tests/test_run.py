@@ -57,6 +57,10 @@ def samples_of(directory: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def held_out_of(directory: Path) -> str:
+    return (directory / "held_out.jsonl").read_text(encoding="utf-8")
+
+
 def test_a_run_leaves_what_its_documentation_says(whole: Result, config: TrainConfig):
     directory = whole.directory
     names = {"checkpoints", "config.py", "final", "lock", "metrics.jsonl", "model"}
@@ -118,6 +122,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
         np.testing.assert_array_equal(array, second[name], err_msg=name)
     assert metrics_of(whole.directory) == metrics_of(resumed.directory)
     assert samples_of(whole.directory) == samples_of(resumed.directory)
+    assert held_out_of(whole.directory) == held_out_of(resumed.directory)
 
 
 @pytest.mark.slow
@@ -158,8 +163,7 @@ def test_samples_are_as_far_from_the_reference_as_training_has_moved(whole: Resu
 
 
 def test_the_figures_of_held_out_examples_have_the_means_of_metrics(whole: Result):
-    text = (whole.directory / "held_out.jsonl").read_text("utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = [json.loads(line) for line in held_out_of(whole.directory).splitlines()]
     tested = [row for row in metrics_of(whole.directory) if row["split"] == "test"]
     assert [line["step"] for line in lines] == [row["step"] for row in tested]
     for line, row in zip(lines, tested, strict=True):

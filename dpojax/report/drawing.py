@@ -59,13 +59,20 @@ class Line(NamedTuple):
     faint: bool = False  # behind the others, and without a label
 
 
-def lines(some: Sequence[Line], y_label: str, *, level: float | None = None) -> str:
+def lines(
+    some: Sequence[Line],
+    y_label: str,
+    *,
+    level: float | None = None,
+    from_zero: bool = False,
+) -> str:
     """Curves over steps.
 
     Args:
       some: what to draw; empty curves are left out.
       y_label: of the vertical axis, with its unit.
       level: where a thin line marks what curves are compared with.
+      from_zero: whether the vertical axis begins there.
     """
 
     def draw(axes: Axes) -> None:
@@ -83,6 +90,8 @@ def lines(some: Sequence[Line], y_label: str, *, level: float | None = None) -> 
                 marker=marker,
                 markersize=3.5,
             )
+        if from_zero:
+            axes.set_ylim(bottom=0)
         _label_ends(axes, [line for line in drawn if not line.faint])
         axes.set(xlabel="step", ylabel=y_label)
 
@@ -112,6 +121,7 @@ def ridges(rows: Sequence[tuple[str, np.ndarray]], color: str, x_label: str) -> 
             )
         axes.axvline(0, color=INK, linewidth=0.8, alpha=0.6, zorder=20)
         axes.set(xlabel=x_label, yticks=[])
+        axes.locator_params(axis="x", nbins=6)
         axes.spines["left"].set_visible(False)
 
     return _svg(draw)

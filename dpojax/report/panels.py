@@ -24,8 +24,8 @@ _NO_FIGURES = (
 _DISPLACED = (
     "Answers that are to be preferred became less likely than under the reference, and "
     "margins grow only since the rejected ones fall further: likelihood displacement. "
-    "Where answers like the chosen ones are wanted, try --loss dpop, --loss dpo+sft "
-    "(RPO), a lower learning rate or a higher --beta."
+    "Where answers like the chosen ones are wanted, try the loss dpop or dpo+sft "
+    "(RPO), a lower learning rate or a higher beta."
 )
 
 
@@ -101,7 +101,7 @@ def _displacement(runs: Sequence[Run]) -> Panel:
         for run in runs
         if np.isfinite(last(run.test, "logratios/chosen"))
     ]
-    fallen = [run.name for run in runs if last(run.test, "logratios/chosen") < 0]
+    fallen = [run.name for run in runs if _has_fallen(run)]
     meaning = f"{', '.join(fallen)}: {_DISPLACED}" if fallen else _not_displaced(runs)
     how = "" if len(runs) == 1 else " (rejected: dashed)"
     sentence = (
@@ -111,10 +111,16 @@ def _displacement(runs: Sequence[Run]) -> Panel:
     return Panel(title, sentence, plot)
 
 
+def _has_fallen(run: Run) -> bool:
+    """Whether chosen answers are less likely, by more than two standard errors."""
+    error = np.nan_to_num(last(run.test, "logratios/chosen_se"))
+    return last(run.test, "logratios/chosen") < -2 * error
+
+
 def _not_displaced(runs: Sequence[Run]) -> str:
     if all(last(run.test, "logratios/chosen") == 0 for run in runs):
         return "The policy is still the reference."
-    return "Chosen answers became more likely: no likelihood displacement on average."
+    return "Chosen answers are no less likely than before: no likelihood displacement."
 
 
 def _histogram(run: Run, known: Sequence[Pairs], color: str) -> Panel:
@@ -280,7 +286,7 @@ def _of_training(
     if not any(len(line.curve[0]) for line in drawn):
         why = "no step was logged yet, or the run is older than this metric."
         return Panel(title, f"No line has {metric}: {why}")
-    return Panel(title, sentence, drawing.lines(drawn, y_label))
+    return Panel(title, sentence, drawing.lines(drawn, y_label, from_zero=True))
 
 
 def _of_test(runs: Sequence[Run], metric: str) -> list[Line]:
