@@ -5,22 +5,21 @@ table of TRL's fields; ``<!-- objectives -->`` every objective with its plot.
 """
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
-sys.path.insert(0, str(_HERE))
 _README = (_HERE.parent / "README.md").read_text("utf-8")
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds a plot for each objective."""
     from mkdocs.structure.files import File
-    from plots import draw
 
     from dpojax.losses.table import OBJECTIVES
+    from dpojax.user_code import load_names
 
+    draw = load_names(_HERE / "plots.py", "plots")["draw"]
     for name in OBJECTIVES:
         files.append(File.generated(config, f"plots/{name}.svg", content=draw(name)))
     return files

@@ -34,7 +34,7 @@ def draw(name: str) -> str:
     margins = jnp.linspace(-10.0, 10.0, 201)
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained")
     for label, score in _labels(objective):
-        of_margin = partial(_loss, name, score)
+        of_margin = partial(loss_at, name, score)
         values = jax.vmap(of_margin)(margins)
         slopes = jax.vmap(jax.grad(of_margin))(margins)
         for axis, numbers in zip(axes, (values, slopes), strict=True):
@@ -58,7 +58,7 @@ def _labels(objective: Objective) -> list[tuple[str, float]]:
     return [("", 1.0)]
 
 
-def _loss(name: str, score: float, margin: jax.Array) -> jax.Array:
+def loss_at(name: str, score: float, margin: jax.Array) -> jax.Array:
     """The loss of a batch of one example."""
     loss = make_loss(name)
     ratios, scores = {

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _dispatch(arguments: list[str]) -> None:
+def parse(arguments: list[str]) -> tuple[Any, bool]:
+    """The settings of a command, and whether they are only to be printed."""
     train, print_config = TrainConfig(), False
     if arguments[:1] in (["train"], ["reference"], ["plan"]):
         train, arguments, print_config = _take_origin(arguments)
@@ -69,6 +70,11 @@ def _dispatch(arguments: list[str]) -> None:
         | Annotated[WatchConfig, tyro.conf.subcommand("watch")]
     )
     config = tyro.cli(commands, prog="dpojax", description=__doc__, args=arguments)
+    return config, print_config
+
+
+def _dispatch(arguments: list[str]) -> None:
+    config, print_config = parse(arguments)
     if isinstance(config, ReportConfig | WatchConfig):
         _show(config)
         return
