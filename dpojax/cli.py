@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -23,9 +23,11 @@ from dpojax.command_config import (
     WatchConfig,
 )
 from dpojax.config import TrainConfig
+from dpojax.config_source import as_source
 from dpojax.user_code import load_names
 
 _PACKAGE = str(Path(__file__).parent)
+_ORIGIN_FLAGS = ("--from-trl", "--trl-", "--print-config")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _dispatch(arguments: list[str]) -> None:
-    train = TrainConfig()
-    takes_file = arguments[:1] in (["train"], ["reference"], ["plan"])
-    if takes_file and arguments[1:2] and arguments[1].endswith(".py"):
-        train = _load_experiment(Path(arguments.pop(1)))
+def parse(arguments: list[str]) -> tuple[Any, bool]:
+    """The settings of a command, and whether they are only to be printed."""
+    train, print_config = TrainConfig(), False
+    if arguments[:1] in (["train"], ["reference"], ["plan"]):
+        train, arguments, print_config = _take_origin(arguments)
     ahead = ReferenceConfig(**vars(train))
     planned = PlanConfig(**vars(train))
     commands = (
@@ -68,8 +70,16 @@ def _dispatch(arguments: list[str]) -> None:
         | Annotated[WatchConfig, tyro.conf.subcommand("watch")]
     )
     config = tyro.cli(commands, prog="dpojax", description=__doc__, args=arguments)
+    return config, print_config
+
+
+def _dispatch(arguments: list[str]) -> None:
+    config, print_config = parse(arguments)
     if isinstance(config, ReportConfig | WatchConfig):
         _show(config)
+        return
+    if print_config:
+        print(as_source(config), end="")
         return
     # Imported here so that --help and a misspelt flag answer at once.
     from dpojax import commands as command
@@ -125,6 +135,30 @@ def _show(config: ReportConfig | WatchConfig) -> None:
             report(config)
         case WatchConfig():
             watch(config)
+
+
+def _take_origin(arguments: list[str]) -> tuple[TrainConfig, list[str], bool]:
+    """Where a run's settings come from: a Python file, a recipe, or flags alone."""
+    command, *rest = arguments
+    if rest and rest[0].endswith(".py"):
+        train = _load_experiment(Path(rest.pop(0)))
+    else:
+        train = TrainConfig()
+    if not any(flag.startswith(_ORIGIN_FLAGS) for flag in rest):
+        return train, [command, *rest], False
+    # Imported here: reading recipes would slow down every start.
+    from dpojax.from_trl.flags import as_lines, from_recipe, take_flags
+
+    origin, rest = take_flags(rest)
+    if origin.print_config and command != "train":
+        raise ValueError("--print-config is a flag of train, whose file it prints.")
+    if origin.recipe is not None:
+        if train != TrainConfig():
+            raise ValueError("Give an experiment file or --from-trl, not both.")
+        converted = from_recipe(origin, rest)
+        train = converted.config
+        print(*as_lines(converted), sep="\n", file=sys.stderr)
+    return train, [command, *rest], origin.print_config
 
 
 def _load_experiment(path: Path) -> TrainConfig:

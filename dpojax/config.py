@@ -153,7 +153,12 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a policy. Without a model and data: the embedded sentiment task."""
+    """Train a policy. Without a model and data: the embedded sentiment task.
+
+    First may stand my_experiment.py, or --from-trl recipe.yaml with --trl-trainer (dpo,
+    kto, cpo, simpo, orpo, sft, reward) and --trl-processes (of TRL's run); flags
+    override it. --print-config prints the configuration as such a file, and ends.
+    """
 
     model: str | None = None
     """Policy to start from: a directory of a model or of adapters, or a hub name."""
