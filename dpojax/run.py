@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dpojax.advice import Adviser
 from dpojax.batch import Batch
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
@@ -27,9 +28,10 @@ from dpojax.not_finite import Case, explain
 from dpojax.policy import computed, load_policy, make_policy, write_trained
 from dpojax.precompute import precompute
 from dpojax.preemption import preemption
-from dpojax.prepare import check_training, make_configured_loss
+from dpojax.prepare import check_training, is_logistic, make_configured_loss
 from dpojax.processes import check_same
 from dpojax.progress import say, track
+from dpojax.recording import Recording
 from dpojax.reference import Params
 from dpojax.reference_setting import named_reference, why_not_equal
 from dpojax.resume import abstract, check_note, find_step, make_note
@@ -176,10 +178,11 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
         unlogged = saved["unlogged"]
     if config.resume:
         say(f"Resuming {directory} at step {step}.")
-    log, each = (
-        MetricsFile(directory / name, keep_until=step or -1)
-        for name in ("metrics.jsonl", "held_out.jsonl")
+    adviser = Adviser(
+        batch_size=config.batch_size, is_logistic=is_logistic(config.loss)
     )
+    log = Recording(directory, step or -1, adviser)
+    each = MetricsFile(directory / "held_out.jsonl", keep_until=step or -1)
 
     # -- Evaluation -------------------------------------------------------------------
     eval_step = make_eval_step(
