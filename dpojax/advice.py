@@ -143,7 +143,7 @@ class Adviser:
         if not (lost > MOST_LOST and lost > CERTAIN * error):
             return None
         return (
-            f"Preferred completions have become less likely, by {lost:.3g} nats in the "
+            f"Preferred completions of held-out examples lost {lost:.3g} nats in the "
             "mean (likelihood displacement): probability goes to completions that are "
             "in no pair. Lower the learning rate, raise beta, or hold the preferred "
             "ones up: dpop, or a sum such as dpo+0.2*sft."

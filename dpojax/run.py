@@ -41,7 +41,7 @@ from dpojax.run_directory import (
     write_samples,
     write_skipped,
 )
-from dpojax.run_log import figures_line, num_parameters, summary
+from dpojax.run_log import Plan, figures_line, num_parameters, summary, time_line
 from dpojax.sharding import (
     Placement,
     make_mesh,
@@ -214,7 +214,23 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
 
     # -- Before the first step --------------------------------------------------------
     counts = (num_parameters(state.params), num_parameters(loaded.params))
-    say(summary(config, counts, len(train), len(test), num_steps, mesh.shape))
+    at = min(step, num_steps - 1)
+    num_tokens, batch = next(batches_of(at, at + 1, config.microbatches))
+    plan = Plan(
+        loss=loss,
+        state=state,
+        others=(policy.reference, training.frozen),
+        num_trained=counts[0],
+        num_parameters=counts[1],
+        num_train=len(train),
+        num_test=len(test),
+        num_steps=num_steps,
+        learning_rate=float(training.learning_rates.max()),
+        mesh=mesh.shape,
+        shape=batch.tokens.shape,
+        num_tokens=num_tokens,
+    )
+    say(summary(config, plan))
     if step == 0:
         first = evaluated(0)
         last, last_at = first, 0
@@ -229,7 +245,8 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
         values["epoch"] = min(step * config.batch_size, num_seen) / len(train)
         log.write(step, "train", values)
         if step == num_steps or step % config.log_every == 0:
-            say(figures_line(f"train step {step}", values))
+            left = time_line(steps.seconds_left(num_steps - step))
+            say(figures_line(f"train step {step}", values) + left)
 
     @contextmanager
     def explaining() -> Iterator[None]:

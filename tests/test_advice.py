@@ -16,7 +16,7 @@ LINES = {
     "displaced": (
         "test",
         {"logratios/chosen": -2.5, "logratios/chosen_se": 0.5},
-        "by 2.5 nats",
+        "lost 2.5 nats",
     ),
     "far": ("test", {"samples/kl": 61.0, "samples/kl_se": 3.0}, "61 nats"),
 }
