@@ -7,7 +7,7 @@ This file does not know what is measured.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ class MetricsFile:
         line = json.dumps(row, allow_nan=False)
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def lines(self) -> Iterator[tuple[int, str, dict[str, float | None]]]:
+        """Every line that is there, as `write` was given it."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        for line in text.splitlines():
+            values = json.loads(line)
+            yield values.pop("step"), values.pop("split"), values
 
     @only_first
     def keep(self) -> None:

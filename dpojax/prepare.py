@@ -51,6 +51,12 @@ def make_configured_loss(config: LossConfig) -> Loss:
     return make_loss(config.name, OBJECTIVES | own, **settings)
 
 
+def is_logistic(config: LossConfig) -> bool:
+    """Whether the loss of a pair is minus a log-sigmoid, and nothing else."""
+    plain = not config.label_smoothing and config.weighting is None
+    return config.name in ("dpo", "simpo") and plain
+
+
 def check_training(config: TrainConfig, loss: Loss) -> None:
     """Refuses settings that cannot work, whatever the model and data.
 

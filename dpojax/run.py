@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dpojax.advice import Adviser
 from dpojax.batch import Batch
 from dpojax.checkpoint import Checkpoints
 from dpojax.config import TrainConfig
@@ -27,9 +28,10 @@ from dpojax.not_finite import Case, explain
 from dpojax.policy import computed, load_policy, make_policy, write_trained
 from dpojax.precompute import precompute
 from dpojax.preemption import preemption
-from dpojax.prepare import check_training, make_configured_loss
+from dpojax.prepare import check_training, is_logistic, make_configured_loss
 from dpojax.processes import check_same
 from dpojax.progress import say, track
+from dpojax.recording import Recording
 from dpojax.reference import Params
 from dpojax.reference_setting import named_reference, why_not_equal
 from dpojax.resume import abstract, check_note, find_step, make_note
@@ -39,7 +41,7 @@ from dpojax.run_directory import (
     write_samples,
     write_skipped,
 )
-from dpojax.run_log import figures_line, num_parameters, summary
+from dpojax.run_log import Plan, figures_line, num_parameters, summary, time_line
 from dpojax.sharding import (
     Placement,
     make_mesh,
@@ -176,10 +178,11 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
         unlogged = saved["unlogged"]
     if config.resume:
         say(f"Resuming {directory} at step {step}.")
-    log, each = (
-        MetricsFile(directory / name, keep_until=step or -1)
-        for name in ("metrics.jsonl", "held_out.jsonl")
+    adviser = Adviser(
+        batch_size=config.batch_size, is_logistic=is_logistic(config.loss)
     )
+    log = Recording(directory, step or -1, adviser)
+    each = MetricsFile(directory / "held_out.jsonl", keep_until=step or -1)
 
     # -- Evaluation -------------------------------------------------------------------
     eval_step = make_eval_step(
@@ -211,7 +214,23 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
 
     # -- Before the first step --------------------------------------------------------
     counts = (num_parameters(state.params), num_parameters(loaded.params))
-    say(summary(config, counts, len(train), len(test), num_steps, mesh.shape))
+    at = min(step, num_steps - 1)
+    num_tokens, batch = next(batches_of(at, at + 1, config.microbatches))
+    plan = Plan(
+        loss=loss,
+        state=state,
+        others=(policy.reference, training.frozen),
+        num_trained=counts[0],
+        num_parameters=counts[1],
+        num_train=len(train),
+        num_test=len(test),
+        num_steps=num_steps,
+        learning_rate=float(training.learning_rates.max()),
+        mesh=mesh.shape,
+        shape=batch.tokens.shape,
+        num_tokens=num_tokens,
+    )
+    say(summary(config, plan))
     if step == 0:
         first = evaluated(0)
         last, last_at = first, 0
@@ -226,7 +245,8 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
         values["epoch"] = min(step * config.batch_size, num_seen) / len(train)
         log.write(step, "train", values)
         if step == num_steps or step % config.log_every == 0:
-            say(figures_line(f"train step {step}", values))
+            left = time_line(steps.seconds_left(num_steps - step))
+            say(figures_line(f"train step {step}", values) + left)
 
     @contextmanager
     def explaining() -> Iterator[None]:

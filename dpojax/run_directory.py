@@ -3,6 +3,7 @@
     config.py       the full configuration; `dpojax train` with this file repeats it
     metrics.jsonl   one line of metrics a step that was logged
     held_out.jsonl  rewards and lengths of held-out examples, a line an evaluation
+    warnings.jsonl  what metrics warn of, each kind once
     skipped.jsonl   bad records that were left out, if there were any, and why
     samples.jsonl   the same held-out prompts, continued at each evaluation
     model/          the model without its weights; with a checkpoint it makes an export

@@ -74,6 +74,7 @@ class StepLog:
         self._current = _Interval([], 0)
         self._ended: _Interval | None = None
         self._speeds: list[float] = []
+        self._step_seconds: list[float] = []
         self.latest: dict[str, float] = {}  # the newest line
         self._since = self._clock()
 
@@ -106,6 +107,7 @@ class StepLog:
         steps = self._fetch(interval.steps)
         now = self._clock()
         self._speeds.append(interval.num_tokens / (now - self._since))
+        self._step_seconds.append((now - self._since) / len(steps))
         self._since = now
         like, lists = steps[-1][1], [leaves for _, leaves in self._earlier]
         made = [_as_sums(leaves, like) for leaves in lists if leaves is not None]
@@ -160,6 +162,11 @@ class StepLog:
     def median_speed(self) -> float:
         """Tokens a second, the median over the intervals."""
         return float(np.median(self._speeds or [np.nan]))
+
+    def seconds_left(self, num_steps: int) -> float | None:
+        """What so many steps take; None before an interval without compilation."""
+        measured = self._step_seconds[1:]
+        return num_steps * float(np.median(measured)) if measured else None
 
 
 def _as_lists(sums: metrics.Sums) -> list[Any]:

@@ -67,6 +67,7 @@ def test_a_run_leaves_what_its_documentation_says(whole: Result, config: TrainCo
     assert {path.name for path in directory.iterdir()} == names | {
         "held_out.jsonl",
         "samples.jsonl",
+        "warnings.jsonl",
     }
     assert _load_experiment(directory / "config.py") == replace(config, output=None)
     rows = metrics_of(directory)
@@ -123,6 +124,10 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     assert metrics_of(whole.directory) == metrics_of(resumed.directory)
     assert samples_of(whole.directory) == samples_of(resumed.directory)
     assert held_out_of(whole.directory) == held_out_of(resumed.directory)
+    texts = [
+        (each.directory / "warnings.jsonl").read_bytes() for each in (whole, resumed)
+    ]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         if files[0].exists():
             assert files[0].read_bytes() == files[1].read_bytes()
     assert metrics_of(one) == metrics_of(other)
-    names = ("samples.jsonl", "held_out.jsonl", "config.py")
+    names = ("samples.jsonl", "held_out.jsonl", "warnings.jsonl", "config.py")
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes()
     newest = [find_newest(directory / "checkpoints") for directory in (one, other)]

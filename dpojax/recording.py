@@ -1,0 +1,61 @@
+"""What a run records: lines of metrics, the warnings they give, and its trackers.
+
+    metrics.jsonl   see `dpojax.metrics_file`
+    warnings.jsonl  {"step", "kind", "text"}, each kind once
+
+The second is a function of the first: a resumed run writes it anew from the lines that
+it keeps. This file does not know what is measured.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from dpojax.advice import Adviser
+from dpojax.metrics_file import MetricsFile
+from dpojax.processes import is_first
+from dpojax.progress import say
+from dpojax.whole_files import write_json_lines
+
+# (step, split, values), as `MetricsFile.write`
+Sink = Callable[[int, str, Mapping[str, float]], None]
+
+
+class Recording:
+    """Takes each line of metrics once. In all processes but the first only looks on."""
+
+    def __init__(
+        self,
+        directory: Path,
+        keep_until: int,
+        adviser: Adviser,
+        trackers: Sequence[Sink] = (),
+    ):
+        """Opens the files; what is after that step is dropped, since it comes again."""
+        self._file = MetricsFile(directory / "metrics.jsonl", keep_until=keep_until)
+        self._path = directory / "warnings.jsonl"
+        self._adviser = adviser
+        self._trackers = trackers
+        kept = self._file.lines() if is_first() else ()
+        self._warnings = [advice for line in kept for advice in adviser.read(*line)]
+        self._write_warnings()
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """A line for the file and the trackers; says what it is the first to show."""
+        self._file.write(step, split, values)
+        if not is_first():
+            return
+        for tracker in self._trackers:
+            tracker(step, split, values)
+        new = self._adviser.read(step, split, values)
+        for advice in new:
+            say(f"Warning at step {step}: {advice.text}")
+        if new:
+            self._warnings += new
+            self._write_warnings()
+
+    def keep(self) -> None:
+        """Returns when all lines would survive the machine's sudden end too."""
+        self._file.keep()
+
+    def _write_warnings(self) -> None:
+        write_json_lines(self._path, [one._asdict() for one in self._warnings])
