@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     num_steps: int
     learning_rate: float  # the largest
     mesh: Mapping[str, int]
-    shape: tuple[int, int]  # of a batch: rows, positions
+    shape: tuple[int, ...]  # of a batch: rows, positions
     num_tokens: int  # of the first batch
 
 

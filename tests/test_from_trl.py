@@ -18,7 +18,6 @@ from dpojax.from_trl.convert import Converted, convert
 from dpojax.from_trl.defaults import DEFAULTS, TRAINERS
 from dpojax.from_trl.recipe import Recipe, read_recipe
 from dpojax.from_trl.table import FIELDS, RENAMED
-from dpojax.losses.make import make_loss
 from dpojax.prepare import make_configured_loss
 
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -347,9 +346,10 @@ def test_every_pair_loss_of_trl_is_one_of_ours():
     from dpojax.from_trl.objective import _PAIRS
 
     for name in _PAIRS:
-        smoothing = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
-        make_configured_loss(converted("dpo", loss_type=name, **smoothing).config.loss)
-    make_loss("dpo")
+        values: dict[str, Any] = {"loss_type": name}
+        if name in ("exo_pair", "robust"):
+            values["label_smoothing"] = 0.1
+        make_configured_loss(converted("dpo", **values).config.loss)
 
 
 def test_a_reference_that_follows_and_one_that_is_precomputed():

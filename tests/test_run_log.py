@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -76,7 +77,7 @@ def test_by_hand_an_array_takes_its_shard_of_a_device_once():
 def test_the_time_that_is_left_is_told_after_an_interval_without_compilation():
     clock = iter([0.0, 60.0, 64.0])
     log = StepLog(lambda *_: None, fetch=lambda x: x, clock=lambda: next(clock))
-    one = np.float32(1)
+    one = jnp.float32(1)
     sums = {name: Ratio(one, one) for name in ("loss", "grad_norm")}
     told = []
     for step in (2, 4):

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from dpojax.config import TrainConfig
 from dpojax.data.loader import counted_batches, fingerprint
@@ -113,7 +114,9 @@ def report(name: str, figures: dict[str, Any]) -> str:
 
 def measure_library(data: Path, tokenizer_name: str, end_of_sequence: str) -> str:
     """How fast the tokenizers library alone is on the texts of the first pairs."""
-    backend = load_tokenizer(tokenizer_name, end_of_sequence).backend_tokenizer
+    tokenizer = load_tokenizer(tokenizer_name, end_of_sequence)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    backend = tokenizer.backend_tokenizer
     with data.open(encoding="utf-8") as file:
         pairs = [json.loads(line) for line in islice(file, SAMPLE)]
     windows = [pairs[at : at + TOGETHER] for at in range(0, len(pairs), TOGETHER)]
@@ -135,7 +138,7 @@ def measure_products() -> str:
     seconds = []
     for _ in range(TIMES):
         start = time.perf_counter()
-        matrix @ matrix
+        np.matmul(matrix, matrix)
         seconds.append(time.perf_counter() - start)
     return f"Matrix products: {2 * MATRIX**3 / min(seconds) / 1e9:.0f} GFLOP/s"
 
