@@ -1,7 +1,7 @@
 """The loop: one run from its configuration to a model directory, chapter by chapter."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ from dpojax.config import TrainConfig
 from dpojax.connecting import connect
 from dpojax.data.bad_records import Skipped
 from dpojax.data.loader import counted_batches, fingerprint, locate
-from dpojax.data.packing import Example, OwnRows, every_row, with_mismatched
-from dpojax.evaluation import evaluate, make_sample_kl, make_sampler, sample_metrics
+from dpojax.data.packing import OwnRows, every_row, with_mismatched
+from dpojax.evaluation import evaluate
 from dpojax.examples import balance_advice, load_split
 from dpojax.fitting import check_memory, fit
-from dpojax.loading import Loaded, as_reward_examples, check_positions
-from dpojax.losses.make import Loss
+from dpojax.held_out_samples import make_sample_writer
+from dpojax.loading import as_reward_examples, check_positions
 from dpojax.memory_peaks import peak_memory
 from dpojax.metrics_file import MetricsFile
 from dpojax.not_finite import Case, explain
@@ -32,18 +32,11 @@ from dpojax.prepare import check_training, is_logistic, make_configured_loss
 from dpojax.processes import check_same
 from dpojax.progress import say, track
 from dpojax.recording import Recording
-from dpojax.reference import Params
 from dpojax.reference_setting import named_reference, why_not_equal
 from dpojax.resume import abstract, check_note, find_step, make_note
-from dpojax.run_directory import (
-    RunDirectory,
-    open_directory,
-    write_samples,
-    write_skipped,
-)
+from dpojax.run_directory import RunDirectory, open_directory, write_skipped
 from dpojax.run_log import Plan, figures_line, num_parameters, summary, time_line
 from dpojax.sharding import (
-    Placement,
     make_mesh,
     make_placement,
     put_ahead,
@@ -193,7 +186,7 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
         spread=Spread(mesh),
     )
 
-    sampled = _make_sample_writer(config, loss, loaded, test, placement, directory)
+    sampled = make_sample_writer(config, loss, loaded, test, placement, directory)
 
     def evaluated(step: int) -> dict[str, float]:
         params = policy.whole(state.params)
@@ -325,38 +318,3 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
     else:
         say(f"Stopped after step {step} of {num_steps}; continue with --resume.")
     return Result(directory, step, first, last, steps.median_speed)
-
-
-def _make_sample_writer(
-    config: TrainConfig,
-    loss: Loss,
-    loaded: Loaded,
-    test: Sequence[Example],
-    placement: Placement,
-    directory: Path,
-) -> Callable[[Params, Params | None, int], dict[str, float]]:
-    """A function that continues the same held-out prompts, writes them and measures."""
-    prompts = [example.prompt.tolist() for example in test[: config.sample_prompts]]
-    if not prompts or "reward_head" in loss.needs:
-        return lambda params, reference, step: {}
-    sampler = make_sampler(
-        loaded,
-        num_new=config.sample_tokens,
-        batch_size=len(prompts),
-        placement=placement,
-    )
-    kl = make_sample_kl(
-        loaded, prompts, num_new=config.sample_tokens, placement=placement
-    )
-
-    def sampled(
-        params: Params, reference: Params | None, step: int
-    ) -> dict[str, float]:
-        completions = sampler(params, prompts, config.seed)
-        write_samples(directory, step, prompts, completions, loaded.tokenizer)
-        values = sample_metrics(completions, loaded.eos_token)
-        if reference is not None:
-            values |= kl(params, reference, completions)
-        return values
-
-    return sampled
