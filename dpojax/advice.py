@@ -14,20 +14,19 @@ Line = Mapping[str, float | None]  # a line of metrics, without its step and spl
 # Examples in succession that were all right: where one in twenty is wrong, so many come
 # with a probability of 0.2 per cent.
 ENOUGH_RIGHT = 128
-# Nats: a pair of this margin has a gradient of exp(-20), two in a billion. Runs of the
-# papers end at margins of 1 to 5.
+# Nats: a pair of this margin has a gradient of exp(-20), two in a billion.
 LARGEST_MARGIN = 20.0
 # Nats that the mean preferred completion has lost: it is then e times less likely.
 MOST_LOST = 1.0
 # Standard errors: by chance once in 700 evaluations.
 CERTAIN = 3.0
-# Of the lengths of samples, either way. Park et al. 2024 (arXiv:2403.19159) see DPO's
-# answers grow to twice those that are preferred.
+# Of the lengths of samples, either way: what DPO does to them is the subject of Park et
+# al. 2024 (arXiv:2403.19159). The bound is ours.
 LENGTH_FACTOR = 1.5
 # Mean weight of gradients, 1/2 at the start; 99 of a hundred parts are then gone.
 SMALLEST_WEIGHT = 0.005
-# Nats a sequence. Rafailov et al. 2024 (arXiv:2406.02900): past some tens of nats, what
-# is preferred falls while the implicit reward grows.
+# Nats a sequence: Rafailov et al. 2024 (arXiv:2406.02900) see quality fall with KL while
+# the implicit reward grows. The bound is ours.
 LARGEST_KL = 50.0
 
 
