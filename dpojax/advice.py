@@ -25,8 +25,8 @@ CERTAIN = 3.0
 LENGTH_FACTOR = 1.5
 # Mean weight of gradients, 1/2 at the start; 99 of a hundred parts are then gone.
 SMALLEST_WEIGHT = 0.005
-# Nats a sequence. Rafailov et al. 2024 (arXiv:2406.02900) see quality fall with it while
-# the implicit reward grows. The bound is ours.
+# Nats a sequence. Rafailov et al. 2024 (arXiv:2406.02900) see quality fall with it
+# while the implicit reward grows. The bound is ours.
 LARGEST_KL = 50.0
 
 
