@@ -50,7 +50,8 @@ def read_splits(source: str) -> dict[str | None, Rows]:
     path = Path(source)
     if path.is_file() and path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         status = path.stat()
-        return {None: _same_lines(path, status.st_mtime_ns, status.st_size)}
+        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+        return {None: _same_lines(path, path.resolve(), stamp)}
     # Only here: it takes a second and 80 MB, which a run of JSON Lines has no use for.
     from dpojax.data.saved_datasets import load_dataset
 
@@ -126,8 +127,11 @@ class JsonLines:
 
 
 @lru_cache
-def _same_lines(path: Path, modified: int, size: int) -> JsonLines:
-    """The lines of a file, counted and checked once for all of its splits."""
+def _same_lines(path: Path, where: Path, stamp: tuple[int, ...]) -> JsonLines:
+    """The lines of a file, counted and checked once for all of its splits.
+
+    It is another one where the path leads elsewhere by now, or the stamp differs.
+    """
     return JsonLines(path)
 
 
