@@ -203,10 +203,7 @@ def sampled_kl(
       batch_size: completions scored at one time.
       placement: how rows reach the devices.
     """
-    examples = [
-        Example(np.asarray(prompt, np.int32), (np.asarray(completion, np.int32),))
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    examples = _with_completions(prompts, completions)
     step = make_kl_step(loaded.model.apply, spread=Spread(placement.mesh))
     return evaluate(
         step, params, reference, examples, batch_size=batch_size, placement=placement
@@ -238,12 +235,19 @@ def make_sample_kl(
     def sample_kl(
         params: Params, reference: Params, completions: Sequence[Sequence[int]]
     ) -> dict[str, float]:
-        rows = [
-            [Example(np.asarray(prompt, np.int32), (np.asarray(tokens, np.int32),))]
-            for prompt, tokens in zip(prompts, completions, strict=True)
-        ]
+        rows = [[example] for example in _with_completions(prompts, completions)]
         batch = as_batch(rows + [[]] * num_empty, length=length, num_completions=1)
         sums, _ = step(params, reference, placement.put(batch))
         return metrics.summarize({"samples/kl": sums["kl"]})
 
     return sample_kl
+
+
+def _with_completions(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> list[Example]:
+    """An example of each prompt and its one completion."""
+    return [
+        Example(np.asarray(prompt, np.int32), (np.asarray(completion, np.int32),))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]

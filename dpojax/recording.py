@@ -1,4 +1,4 @@
-"""What a run records: lines of metrics, the warnings they give, and its trackers.
+"""What a run records: lines of metrics, and the warnings that they give.
 
     metrics.jsonl   see `dpojax.metrics_file`
     warnings.jsonl  {"step", "kind", "text"}, each kind once
@@ -7,7 +7,7 @@ The second is a function of the first: a resumed run writes it anew from the lin
 it keeps. This file does not know what is measured.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dpojax.advice import Adviser
@@ -16,36 +16,24 @@ from dpojax.processes import is_first
 from dpojax.progress import say
 from dpojax.whole_files import write_json_lines
 
-# (step, split, values), as `MetricsFile.write`
-Sink = Callable[[int, str, Mapping[str, float]], None]
-
 
 class Recording:
     """Takes each line of metrics once. In all processes but the first only looks on."""
 
-    def __init__(
-        self,
-        directory: Path,
-        keep_until: int,
-        adviser: Adviser,
-        trackers: Sequence[Sink] = (),
-    ):
+    def __init__(self, directory: Path, keep_until: int, adviser: Adviser):
         """Opens the files; what is after that step is dropped, since it comes again."""
         self._file = MetricsFile(directory / "metrics.jsonl", keep_until=keep_until)
         self._path = directory / "warnings.jsonl"
         self._adviser = adviser
-        self._trackers = trackers
         kept = self._file.lines() if is_first() else ()
         self._warnings = [advice for line in kept for advice in adviser.read(*line)]
         self._write_warnings()
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """A line for the file and the trackers; says what it is the first to show."""
+        """Adds a line; says what it is the first to show."""
         self._file.write(step, split, values)
         if not is_first():
             return
-        for tracker in self._trackers:
-            tracker(step, split, values)
         new = self._adviser.read(step, split, values)
         for advice in new:
             say(f"Warning at step {step}: {advice.text}")

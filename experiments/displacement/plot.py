@@ -1,15 +1,15 @@
-"""The curves of run.py as a picture and a table. Needs matplotlib.
+"""The curves of run.py as a picture and a table.
 
 Command: python experiments/displacement/plot.py
 """
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 
@@ -25,12 +25,8 @@ def main(
     """
     rows = [json.loads(line) for line in curves.read_text("utf-8").splitlines()]
     losses = list(dict.fromkeys(row["loss"] for row in rows))
-    matplotlib = import_module("matplotlib")
-    matplotlib.use("agg")
-    pyplot = import_module("matplotlib.pyplot")
-    figure, panels = pyplot.subplots(
-        1, len(losses), sharey=True, figsize=(3.2 * len(losses), 3.2)
-    )
+    figure = Figure(figsize=(3.2 * len(losses), 3.2))
+    panels = figure.subplots(1, len(losses), sharey=True)
     for panel, loss in zip(panels, losses, strict=True):
         for side, colour in (("chosen", "tab:blue"), ("rejected", "tab:red")):
             steps, mean, error = over_seeds(rows, loss, f"logratios/{side}")

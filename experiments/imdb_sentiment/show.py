@@ -1,15 +1,15 @@
-"""The points of run.py as a picture and a table. Needs matplotlib.
+"""The points of run.py as a picture and a table.
 
 Command: python experiments/imdb_sentiment/show.py --points runs/imdb/points.jsonl
 """
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 
@@ -30,10 +30,8 @@ def main(
 
 def draw(rows: list[dict[str, Any]], output: Path) -> None:
     """A dot for each policy measured; best-of-N, whose KL is a bound, as a line."""
-    matplotlib = import_module("matplotlib")
-    matplotlib.use("agg")
-    pyplot = import_module("matplotlib.pyplot")
-    figure, panel = pyplot.subplots(figsize=(8, 5.5))
+    figure = Figure(figsize=(8, 5.5))
+    panel = figure.subplots()
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         x, y = [row["kl"] for row in own], [row["reward"] for row in own]

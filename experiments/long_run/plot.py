@@ -1,12 +1,12 @@
-"""The samples of run.py as a picture. Needs matplotlib, which dpojax does not.
+"""The samples of run.py as a picture.
 
 Command: python experiments/long_run/plot.py
 """
 
 import argparse
-from importlib import import_module
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from run import Sample, read_samples
 
 _LABELS = {
@@ -18,10 +18,8 @@ _LABELS = {
 
 def plot(samples: list[Sample], path: Path) -> None:
     """One panel for each figure, over the steps; all begin at zero."""
-    matplotlib = import_module("matplotlib")
-    matplotlib.use("agg")
-    pyplot = import_module("matplotlib.pyplot")
-    figure, panels = pyplot.subplots(len(_LABELS), sharex=True, figsize=(8, 7))
+    figure = Figure(figsize=(8, 7))
+    panels = figure.subplots(len(_LABELS), sharex=True)
     steps = [sample.step for sample in samples]
     for panel, (name, label) in zip(panels, _LABELS.items(), strict=True):
         panel.plot(steps, [getattr(sample, name) for sample in samples], linewidth=1)
