@@ -48,6 +48,7 @@ class Journal:
         step: int,
         sampled: Sampled,
         tell: Callable[[str], None] = say,
+        warn: Callable[[str], None] = say,
     ):
         """Opens the files; what is in them after that step is dropped.
 
@@ -59,7 +60,8 @@ class Journal:
           note: what must be the same for a resumed run to be the same run.
           step: where it goes on, of which there is a checkpoint, or 0.
           sampled: continues held-out prompts.
-          tell: shows a line.
+          tell: shows a line of figures.
+          warn: shows a warning.
 
         Raises:
           ValueError: if what is there is another run.
@@ -80,7 +82,7 @@ class Journal:
         adviser = Adviser(
             batch_size=config.batch_size, is_logistic=is_logistic(config.loss)
         )
-        self._log = Recording(directory, step or -1, adviser, tell)
+        self._log = Recording(directory, step or -1, adviser, warn)
         self._each = MetricsFile(directory / "held_out.jsonl", keep_until=step or -1)
 
     def restore(self, like: TrainState) -> TrainState:
