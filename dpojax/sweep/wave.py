@@ -19,7 +19,6 @@ from dpojax.journal import Journal
 from dpojax.not_finite import Case, explain
 from dpojax.processes import gathered
 from dpojax.progress import say
-from dpojax.reference_setting import why_not_equal
 from dpojax.resume import abstract
 from dpojax.run_directory import open_directory, write_skipped
 from dpojax.sharding import put_ahead
@@ -183,10 +182,7 @@ class Wave:
             policy, reference = program.whole(own.params, lane.trial)
             reference = own.moving.get("reference", reference)
             found = conclude(lane.assessed(every))
-            values = lane.journal.evaluated(step, found, policy, reference)
-            reason = why_not_equal(lane.trial.config, values) if step == 0 else None
-            if reason is not None:
-                say(f"run {lane.trial.number}  {reason}")
+            lane.journal.evaluated(step, found, policy, reference)
 
     def take_steps(
         self, step: int, stop: int, is_preempted: IsPreempted
