@@ -197,7 +197,7 @@ class ReportConfig:
     """Write runs as one HTML page with plots, which needs no network."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="run")]
-    """Run directories, finished or not; they are laid side by side."""
+    """Run directories or those of sweeps, finished or not, laid side by side."""
     output: str | None = None
     """File to write, in place of an older one. Default: report.html in the first."""
 

@@ -1,17 +1,15 @@
 """The sweep command: a grid of runs, by as few programs as they need.
 
-    OUTPUT/sweep.json    how the runs differ, in the order of their numbers
+    OUTPUT/sweep.json    see `dpojax.sweep_list`
     OUTPUT/0, OUTPUT/1   run directories
 
 This file reads settings and decides what is trained in which order.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -30,9 +28,7 @@ from dpojax.sweep.grouping import Trial, as_trials, in_programs
 from dpojax.sweep.halving import better_half, combination, rungs
 from dpojax.sweep.program import Program
 from dpojax.sweep.wave import IsPreempted, train_wave
-from dpojax.whole_files import write_bytes
-
-LIST = "sweep.json"
+from dpojax.sweep_list import read_list, write_list
 
 
 def sweep(config: SweepConfig) -> Path:
@@ -154,19 +150,15 @@ def _begin(output: Path, config: SweepConfig, trials: Sequence[Trial]) -> None:
     Raises:
       ValueError: if something else is there, or nothing to resume.
     """
-    listed: dict[str, Any] = {
-        "search": config.search,
-        "runs": [trial.changes for trial in trials],
-    }
-    path = output / LIST
+    runs = [trial.changes for trial in trials]
     if not config.resume:
-        new_directory(str(output)).mkdir(parents=True, exist_ok=True)
-        write_bytes(path, (json.dumps(listed, indent=1) + "\n").encode())
+        write_list(new_directory(str(output)), config.search, runs)
         return
-    if config.output is None or not path.is_file():
+    there = read_list(output)
+    if config.output is None or there is None:
         raise ValueError("--resume needs the --output of a sweep that has started.")
-    if json.loads(path.read_text("utf-8")) != listed:
+    if there != (config.search, runs):
         raise ValueError(
-            f"{output} is another sweep: {LIST} lists its runs; give the same --over, "
-            "--seeds and --search to resume it."
+            f"{output} is another sweep: its sweep.json lists other runs; give the "
+            "same --over, --seeds and --search to resume it."
         )
