@@ -47,7 +47,6 @@ class Training(NamedTuple):
     learning_rates: np.ndarray
     shapes: TrainState  # the state's, with shardings
     begin: Callable[[], TrainState]  # makes it; the policy's arrays become part of it
-    peak_learning_rate: float  # which the schedule need not reach
 
 
 def make_training(
@@ -73,8 +72,6 @@ def make_training(
     """
     movement = make_movement(config.moving, loss)
     rate = default_learning_rate(loss, loaded)
-    if config.optimizer.learning_rate is not None:
-        rate = config.optimizer.learning_rate
     schedule = configured_schedule(config.optimizer, rate, num_steps)
     optimizer = configured_optimizer(config.optimizer, schedule)
     parts = (policy.trained, policy.reference, optimizer, loss, movement)
@@ -100,7 +97,7 @@ def make_training(
     # A reference that moves is in the state.
     frozen = None if movement is not None else policy.frozen
     return Training(
-        step, examine, frozen, rates, shapes, partial(begin, *parts, shapes), rate
+        step, examine, frozen, rates, shapes, partial(begin, *parts, shapes)
     )
 
 

@@ -20,7 +20,13 @@ from safetensors.numpy import load_file
 from test_run import metrics_of
 
 from dpojax.command_config import SweepConfig
-from dpojax.config import LoraConfig, TrainConfig
+from dpojax.config import (
+    LoraConfig,
+    LossConfig,
+    MovingConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from dpojax.data.packing import Example, as_batch
 from dpojax.gradient import Judge, as_judge, denominators
 from dpojax.losses.make import make_loss
@@ -311,6 +317,36 @@ def test_each_of_sixteen_mixed_runs_is_the_run_alone_after_twenty_steps(
     for number in ALL_DIFFERENT:
         config = replace(points[number].config, output=str(tmp_path / f"a{number}"))
         assert_same_run(tmp_path / "sweep" / str(number), run(config).directory)
+
+
+ALL_WEIGHTS = LoraConfig()
+VARIANTS = {
+    "microbatches": ("loss=dpo,bco_pair", {"microbatches": 2}),
+    "precomputed": ("loss=simpo,dpo", {"reference": "precomputed"}),
+    "judged": ("loss=bco,apo_zero_unpaired", {}),
+    "mismatched": ("loss.beta=0.1,0.5", {"loss": LossConfig(name="kto")}),
+    "int8": ("loss.beta=0.1,1", {"optimizer": OptimizerConfig(moments="int8")}),
+    "moving": (
+        "loss=dpo,ipo",
+        {"moving": MovingConfig(kind="tr_dpo", every=2), "lora": ALL_WEIGHTS},
+    ),
+    "skipping": ("optimizer.learning-rate=1e-3,1e30", {"on_nan": "skip"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whatever_runs_share_each_is_the_run_alone(
+    config: TrainConfig, tmp_path: Path, variant: str
+):
+    over, settings = VARIANTS[variant]
+    config = replace(config, **settings)
+    sweep(as_sweep(config, tmp_path / "sweep", over=(over,)))
+    settings = expand(config, (over,), 1)[0].config
+    if settings.loss.name == "simpo":  # which has no use for it
+        settings = replace(settings, reference=None)
+    alone = run(replace(settings, output=str(tmp_path / "alone"))).directory
+    assert_same_run(tmp_path / "sweep" / "0", alone)
 
 
 @pytest.mark.slow

@@ -58,11 +58,17 @@ def sweep(config: SweepConfig) -> Path:
             f"{len(groups)}: they may differ in the loss, its settings, the learning "
             "rate and the seed only."
         )
-    _begin(output, config, trials)
+    changes = [trial.changes for trial in trials]
+    _check_output(output, config, changes)
     with preemption() as is_preempted, Board(trials) as board:
         for group in groups:
             program = _make_program(config, group)
-            if not _train(config, program, group, is_preempted, board):
+            stops = _stops(config, program, group)
+            if not config.resume and group is groups[0]:
+                # Only now: what was refused above leaves no directory behind.
+                write_list(output, config.search, changes)
+            if _train(program, group, stops, is_preempted, board):
+                say("Told to end; continue with --resume.")
                 break
     say(f"The runs are in {output}; dpojax report {output} compares them.")
     return output
@@ -116,24 +122,31 @@ def _make_program(config: SweepConfig, trials: Sequence[Trial]) -> Program:
     return program
 
 
+def _stops(config: SweepConfig, program: Program, trials: Sequence[Trial]) -> list[int]:
+    """The steps up to which runs are trained, one after another; runs fall out between.
+
+    Raises:
+      ValueError: as `rungs`.
+    """
+    steps, every = program.num_steps, config.evaluate_every
+    if config.search == "all":
+        return [steps]
+    combinations = {combination(trial) for trial in trials}
+    return [*rungs(len(combinations), program.width, steps, every), steps]
+
+
 def _train(
-    config: SweepConfig,
     program: Program,
-    trials: list[Trial],
+    trials: Sequence[Trial],
+    stops: Sequence[int],
     is_preempted: IsPreempted,
     board: Board,
 ) -> bool:
-    """Trains the runs of one program, all or the better ones; whether to go on."""
-    steps: list[int] = []
-    if config.search == "halving":
-        combinations = len({combination(trial) for trial in trials})
-        steps = rungs(
-            combinations, program.width, program.num_steps, config.evaluate_every
-        )
-    for step in [*steps, program.num_steps]:
+    """Trains the runs of one program; whether it was told to end."""
+    for step in stops:
         for wave in program.waves(trials):
             if train_wave(program, wave, min(step, program.stop), is_preempted, board):
-                return False
+                return True
         if step >= program.stop:
             break
         kept = better_half(trials, step)
@@ -141,23 +154,24 @@ def _train(
             if trial not in kept:
                 board.show(trial.number, f"dropped at {step}")
         trials = kept
-    return True
+    return False
 
 
-def _begin(output: Path, config: SweepConfig, trials: Sequence[Trial]) -> None:
-    """Writes how the runs differ; of a sweep that is resumed, compares it.
+def _check_output(
+    output: Path, config: SweepConfig, changes: list[dict[str, str]]
+) -> None:
+    """Refuses to write where something is, or to resume another sweep.
 
     Raises:
-      ValueError: if something else is there, or nothing to resume.
+      ValueError: for a directory that is not new, or not of this sweep.
     """
-    runs = [trial.changes for trial in trials]
     if not config.resume:
-        write_list(new_directory(str(output)), config.search, runs)
+        new_directory(str(output))
         return
     there = read_list(output)
     if config.output is None or there is None:
         raise ValueError("--resume needs the --output of a sweep that has started.")
-    if there != (config.search, runs):
+    if there != (config.search, changes):
         raise ValueError(
             f"{output} is another sweep: its sweep.json lists other runs; give the "
             "same --over, --seeds and --search to resume it."

@@ -18,7 +18,7 @@ from dpojax.fit import SHARE, needed
 from dpojax.held_out_samples import make_sample_writer
 from dpojax.material import load_material
 from dpojax.measure import Measured
-from dpojax.policy import Policy, of_seed
+from dpojax.policy import Policy, default_learning_rate, of_seed
 from dpojax.reference import Params
 from dpojax.reference_setting import make_movement
 from dpojax.resume import abstract, make_note
@@ -133,17 +133,24 @@ class Program:
         reference = policy.reference if self.frozen is None else self.frozen
         return self.stacked.measured(policy.trained, reference, self._batch)
 
-    def lanes(self, trials: Sequence[Trial], trainings: Sequence[Training]) -> Lanes:
+    def lanes(self, trials: Sequence[Trial]) -> Lanes:
         """What differs between runs, on the devices; idle lanes repeat the first."""
-        idle = self.width - len(trials)
-        numbers = [self._numbers[trial.config.loss] for trial in trials]
-        rates = [training.peak_learning_rate for training in trainings]
-        return as_lanes(numbers + idle * numbers[:1], rates + idle * rates[:1])
+        every = [*trials, *[trials[0]] * (self.width - len(trials))]
+        return as_lanes(
+            [self._numbers[trial.config.loss] for trial in every],
+            [self._peak_learning_rate(trial) for trial in every],
+        )
 
     def whole(self, trained: Params, trial: Trial) -> tuple[Params, Params | None]:
         """A run's policy and its reference, where it needs one that does not move."""
         policy = self._policy(trial)
         return policy.whole(trained), policy.reference
+
+    def _peak_learning_rate(self, trial: Trial) -> float:
+        given = trial.config.optimizer.learning_rate
+        if given is None:
+            return default_learning_rate(trial.loss, self.material.loaded)
+        return given
 
     def _policy(self, trial: Trial) -> Policy:
         seed = trial.config.seed

@@ -9,6 +9,9 @@ from pathlib import Path
 from dpojax.checkpoint import check_whole, set_aside, steps_in
 from dpojax.progress import say
 from dpojax.resume import find_step
+from dpojax.whole_files import write_bytes
+
+_DIVERGED = Path("nan", "ended.txt")
 
 
 def has_begun(directory: Path) -> bool:
@@ -18,7 +21,13 @@ def has_begun(directory: Path) -> bool:
 
 def has_diverged(directory: Path) -> bool:
     """Whether a step that was not finite ended the run."""
-    return (directory / "nan").is_dir()
+    return (directory / _DIVERGED).is_file()
+
+
+def mark_diverged(directory: Path, sentence: str) -> None:
+    """Says so, for people and for a sweep that is resumed."""
+    (directory / _DIVERGED).parent.mkdir(exist_ok=True)
+    write_bytes(directory / _DIVERGED, f"{sentence}\n".encode())
 
 
 def is_finished(directory: Path) -> bool:

@@ -31,6 +31,7 @@ from dpojax.sweep.standing import (
     has_begun,
     has_diverged,
     is_finished,
+    mark_diverged,
     newest_step,
 )
 from dpojax.train_step import TrainState
@@ -49,7 +50,8 @@ def train_wave(
 
     Args:
       program: what they share.
-      trials: so many as are trained at one time, of one seed.
+      trials: so many as are trained at one time, of one seed. Each keeps its lane,
+        whatever becomes of the others: so its numbers stay the same.
       stop: the step.
       is_preempted: asked after each step whether to end now.
       board: shows them.
@@ -57,8 +59,8 @@ def train_wave(
     Returns:
       Whether it was told to end.
     """
-    trials = [trial for trial in trials if not has_diverged(directory_of(trial))]
     directories = [directory_of(trial) for trial in trials]
+    directories = [one for one in directories if not has_diverged(one)]
     if all(map(is_finished, directories)):
         return False
     step = min(map(newest_step, directories))
@@ -150,18 +152,23 @@ class Wave:
     ):
         """Opens their directories, and makes or restores their states."""
         self._program, self._board = program, board
-        lanes = [Lane(program, *numbered) for numbered in enumerate(trials)]
-        self._lanes = lanes  # those that are no number any more leave
-        self._values = program.lanes(trials, [lane.training for lane in lanes])
+        self._lanes = [  # those that are no number any more leave
+            Lane(program, number, trial)
+            for number, trial in enumerate(trials)
+            if not has_diverged(directory_of(trial))
+        ]
+        self._values = program.lanes(trials)
         self._state = program.stacked.empty()
-        for lane in lanes:
+        idle = set(range(program.width))
+        for lane in self._lanes:
             lane.open(program, step, board, opened)
             state = lane.training.begin()
             if step:
                 state = lane.journal.restore(jax.tree.map(abstract, state))
             self._put(lane.number, state)
-        for idle in range(len(lanes), program.width):
-            self._put(idle, state._replace(halted=np.ones((), bool)))
+            idle.remove(lane.number)
+        for number in idle:
+            self._put(number, state._replace(halted=np.ones((), bool)))
 
     def evaluate(self, step: int) -> None:
         """Measures every run on the held-out examples."""
@@ -265,6 +272,7 @@ class Wave:
         )
         state = lane.state(self._state)
         found = explain(error, case, state, lane.training, program.placement)
+        mark_diverged(lane.journal.directory, str(found))
         say(f"run {number}  {found}")
         self._board.show(number, f"no number at {error.step}")
 
