@@ -19,7 +19,8 @@ from compilation import quick_flags
 from safetensors.numpy import load_file
 from test_run import metrics_of
 
-from dpojax.command_config import SweepConfig
+from dpojax.bench_inputs import shape_settings
+from dpojax.command_config import PlanConfig, ShapeConfig, SweepConfig
 from dpojax.config import (
     LoraConfig,
     LossConfig,
@@ -32,13 +33,18 @@ from dpojax.gradient import Judge, as_judge, denominators
 from dpojax.losses.make import make_loss
 from dpojax.losses.scores import Scores
 from dpojax.measure import Measured
+from dpojax.planning.rows import first_batch, plan_examples
+from dpojax.planning.shapes import plan_model, plan_policy
 from dpojax.run import run
+from dpojax.sharding import make_mesh
 from dpojax.sweep.command import sweep
 from dpojax.sweep.grid import expand
 from dpojax.sweep.grouping import as_trials, in_programs
 from dpojax.sweep.halving import rungs
 from dpojax.sweep.objectives import Objectives
+from dpojax.sweep.stacked import as_lanes, make_stacked
 from dpojax.train_step import assess
+from dpojax.training import make_training
 from dpojax.user_code import load_names
 
 
@@ -248,6 +254,50 @@ def test_each_of_several_objectives_is_what_it_is_alone():
         )
         for one, two in pairs:
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), one, two)
+
+
+def test_with_adapters_a_reference_costs_one_pass_however_many_runs_there_are():
+    """FLOPs of the step before it is compiled, of eight runs and of two."""
+    mesh, loss = make_mesh(data=4), make_loss("dpo")
+    shape = ShapeConfig(name="4x256", layers=2, width=64, heads=2, mlp_width=128)
+    config = PlanConfig(
+        shape=shape,
+        lora=LoraConfig(rank=4),
+        remat="full",
+        compute_dtype="float32",
+        prompt_tokens=16,
+        completion_tokens=16,
+        batch_size=4,
+    )
+
+    def flops(runs: int, reference: str | None) -> float:
+        how = replace(config, reference=reference)
+        loaded = plan_model(how, shape_settings(shape), loss, mesh)
+        policy = plan_policy(how, loss, loaded, mesh)
+        shapes = make_training(how, loss, loaded, policy, mesh, 9).shapes
+        examples = plan_examples(how, loss, loaded)
+        stacked = make_stacked(
+            how,
+            Objectives([loss]),
+            loaded,
+            policy,
+            mesh,
+            num_steps=9,
+            movement=None,
+            shapes=shapes,
+            num_lanes=runs,
+        )
+        lanes = as_lanes([0] * runs, [1e-5] * runs)
+        batch = first_batch(how, loss, examples, 4)
+        lowered = stacked.step.lower(stacked.shapes, lanes, policy.frozen, batch)
+        found = lowered.cost_analysis()
+        assert found is not None
+        return found["flops"]
+
+    two, eight = (flops(runs, "precomputed") for runs in (2, 8))
+    assert eight > 3.9 * two
+    pass_of_two, pass_of_eight = flops(2, None) - two, flops(8, None) - eight
+    assert 0 < pass_of_eight < 1.1 * pass_of_two
 
 
 # -- Whole sweeps ---------------------------------------------------------------------
