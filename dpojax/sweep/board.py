@@ -74,7 +74,7 @@ class Board:
         table = Table()
         figures = [title for title, _ in _TRAIN + _TEST]
         for title in ("run", *names, "", *figures):
-            table.add_column(escape(title), justify="right")
+            table.add_column(escape(title), justify="right", overflow="fold")
         for number, trial in self._trials.items():
             changes = [trial.changes.get(name, "") for name in names]
             shown = [_figure(self._train.get(number, {}), name) for _, name in _TRAIN]
