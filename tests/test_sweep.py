@@ -403,6 +403,17 @@ def test_whatever_runs_share_each_is_the_run_alone(
 
 
 @pytest.mark.slow
+def test_runs_that_do_not_fit_the_memory_are_refused_before_anything_is_written(
+    config: TrainConfig, tmp_path: Path
+):
+    """Programs of two runs, then of one, are compiled for 10 MiB a device."""
+    small = as_sweep(config, tmp_path / "small", over=(LOSSES,), memory_limit=0.01)
+    with pytest.raises(ValueError, match="Not even one run fits a device's 0.01 GiB"):
+        sweep(small)
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.slow
 def test_halving_trains_the_better_half_on_and_a_resumed_search_is_the_same(
     config: TrainConfig, tmp_path: Path
 ):
