@@ -115,7 +115,7 @@ def test_a_grid_is_every_combination_the_last_field_fastest_then_seeds():
     ]
     losses, rates = ("dpo", "0.8*dpo+0.2*sft"), (1e-6, 5e-6)
     assert settings == list(product(losses, rates, (3, 4)))
-    changes = {"loss.name": "dpo", "optimizer.learning_rate": "5e-6", "seed": "4"}
+    changes = {"loss": "dpo", "optimizer.learning_rate": "5e-6", "seed": "4"}
     assert points[3].changes == changes
 
 

@@ -21,7 +21,7 @@ _NAMES = {"loss": "loss.name", "moving": "moving.kind"}  # of flags that name a 
 class Point(NamedTuple):
     """A run of the grid."""
 
-    changes: dict[str, str]  # fields and their values, as they were given
+    changes: dict[str, str]  # what is varied, and the values as they were given
     config: TrainConfig
 
 
@@ -55,9 +55,10 @@ def expand(config: TrainConfig, over: Sequence[str], num_seeds: int) -> list[Poi
     }
     points = []
     for values in product(*(values for _, values in axes)):
-        changes, settings = dict(zip(dict(axes), values, strict=True)), config
-        for change in changes.items():
-            settings = _with(settings, change[0], read[change])
+        settings, changes = config, {}
+        for (name, _), value in zip(axes, values, strict=True):
+            settings = _with(settings, name, read[name, value])
+            changes[_flag(name)] = value
         points.append(Point(changes, settings))
     return points
 
@@ -108,10 +109,14 @@ def _with(settings: Any, name: str, value: Any) -> Any:
     return replace(settings, **{first: within})
 
 
+def _flag(name: str) -> str:
+    """A field as its flag calls it, without dashes."""
+    return {whole: short for short, whole in _NAMES.items()}.get(name, name)
+
+
 def _read(config: TrainConfig, name: str, value: str) -> Any:
     """A value as the flag of that name takes it in `dpojax train`."""
-    flags = {whole: short for short, whole in _NAMES.items()}
-    flag = "--" + flags.get(name, name).replace("_", "-")
+    flag = "--" + _flag(name).replace("_", "-")
     arguments = [f"{flag}={value}"]  # a negative number is a value too
     try:
         settings: Any = tyro.cli(
