@@ -53,6 +53,11 @@ def expand(config: TrainConfig, over: Sequence[str], num_seeds: int) -> list[Poi
         for name, values in axes
         for value in values
     }
+    for name, values in axes:
+        meant = [read[name, value] for value in values]
+        for value, one in zip(values, meant, strict=True):
+            if meant.count(one) > 1:
+                raise ValueError(f"--over {name} lists {value} twice; list it once.")
     points = []
     for values in product(*(values for _, values in axes)):
         settings, changes = config, {}
@@ -71,11 +76,7 @@ def _axis(config: TrainConfig, text: str) -> tuple[str, list[str]]:
         raise ValueError(
             f"--over {text} is no field with values; write --over loss.beta=0.1,0.5."
         )
-    name = _field(config, given)
-    for value in values:
-        if values.count(value) > 1:
-            raise ValueError(f"--over {given} lists {value} twice; list it once.")
-    return name, values
+    return _field(config, given), values
 
 
 def _field(config: TrainConfig, given: str) -> str:
