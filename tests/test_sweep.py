@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -37,6 +38,7 @@ from dpojax.planning.rows import first_batch, plan_examples
 from dpojax.planning.shapes import plan_model, plan_policy
 from dpojax.run import run
 from dpojax.sharding import make_mesh
+from dpojax.sweep import command
 from dpojax.sweep.command import sweep
 from dpojax.sweep.grid import expand
 from dpojax.sweep.grouping import as_trials, in_programs
@@ -307,16 +309,22 @@ def test_with_adapters_a_reference_costs_one_pass_however_many_runs_there_are():
 # -- Whole sweeps ---------------------------------------------------------------------
 
 
-def test_a_sweep_that_stops_and_goes_on_leaves_the_same_bits(
-    swept: Path, config: TrainConfig, place: Path
+def test_a_sweep_that_is_told_to_end_and_goes_on_leaves_the_same_bits(
+    swept: Path, config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    stopped = as_sweep(config, place / "stopped", over=(LOSSES,), stop_after=4)
-    sweep(stopped)
+    stopped = as_sweep(config, place / "stopped", over=(LOSSES,))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            command, "preemption", partial(nullcontext, lambda step: step == 4)
+        )
+        sweep(stopped)
+    for number in (0, 1):
+        assert (place / "stopped" / str(number) / "checkpoints" / "4").is_dir()
     with pytest.raises(ValueError, match="is another sweep"):
         sweep(replace(stopped, seeds=2, resume=True))
     # As if it was killed while one run wrote: all go back to what all of them have.
     shutil.rmtree(place / "stopped" / "1" / "checkpoints" / "4")
-    sweep(replace(stopped, stop_after=None, resume=True))
+    sweep(replace(stopped, resume=True))
     for number in (0, 1):
         assert files_of(place / "stopped", number) == files_of(swept, number)
 
@@ -462,7 +470,7 @@ def test_on_one_device_a_run_of_a_sweep_is_the_run_alone(place: Path, tmp_path: 
     """By the command line, in a process of its own; the other tests have four."""
     environment = os.environ | {"XLA_FLAGS": " ".join(quick_flags())}
     model, data = str(place / "model"), str(place / "pairs.jsonl")
-    command = [sys.executable, "-c", ONE_DEVICE, model, data, str(tmp_path)]
-    subprocess.run(command, env=environment, check=True)
+    arguments = [sys.executable, "-c", ONE_DEVICE, model, data, str(tmp_path)]
+    subprocess.run(arguments, env=environment, check=True)
     for name in ("lora", "full"):
         assert_same_run(tmp_path / name / "2", tmp_path / f"{name}-alone")
