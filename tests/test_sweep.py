@@ -30,6 +30,7 @@ from dpojax.config import (
     TrainConfig,
 )
 from dpojax.data.packing import Example, as_batch
+from dpojax.fit import SHARE, needed
 from dpojax.gradient import Judge, as_judge, denominators
 from dpojax.losses.make import make_loss
 from dpojax.losses.scores import Scores
@@ -44,6 +45,7 @@ from dpojax.sweep.grid import expand
 from dpojax.sweep.grouping import as_trials, in_programs
 from dpojax.sweep.halving import rungs
 from dpojax.sweep.objectives import Objectives
+from dpojax.sweep.program import Program
 from dpojax.sweep.stacked import as_lanes, make_stacked
 from dpojax.train_step import assess
 from dpojax.training import make_training
@@ -411,14 +413,20 @@ def test_whatever_runs_share_each_is_the_run_alone(
 
 
 @pytest.mark.slow
-def test_runs_that_do_not_fit_the_memory_are_refused_before_anything_is_written(
+def test_runs_that_do_not_fit_the_memory_together_are_trained_in_fewer(
     config: TrainConfig, tmp_path: Path
 ):
-    """Programs of two runs, then of one, are compiled for 10 MiB a device."""
-    small = as_sweep(config, tmp_path / "small", over=(LOSSES,), memory_limit=0.01)
-    with pytest.raises(ValueError, match="Not even one run fits a device's 0.01 GiB"):
-        sweep(small)
-    assert not (tmp_path / "small").exists()
+    """A memory between what one run needs and what two do; then less than one."""
+    points, mesh = expand(config, (LOSSES,), 1), make_mesh()
+    trials = as_trials(points, str(tmp_path / "sweep"))
+    program = Program(trials, mesh, None, None)
+    one, two = (needed(partial(program.compile_step, width)) for width in (1, 2))
+    assert program.width == 2 and one < two
+    split = Program(trials, mesh, None, (one + two) / 2 / SHARE)
+    assert split.width == 1 and split.waves(trials) == [[trials[0]], [trials[1]]]
+    with pytest.raises(ValueError, match="Not even one run fits"):
+        Program(trials, mesh, None, one / 2)
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.slow

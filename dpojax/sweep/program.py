@@ -165,14 +165,15 @@ class Program:
         """The width of the fewest equal programs that fit."""
         for num_programs in range(1, most + 1):
             width = math.ceil(most / num_programs)
-            if needed(partial(self._compile, width)) <= SHARE * memory:
+            if needed(partial(self.compile_step, width)) <= SHARE * memory:
                 return width
         raise ValueError(
             f"Not even one run fits a device's {memory / 2**30:.3g} GiB, of which a "
             "tenth is left free; see dpojax train --fit for what would."
         )
 
-    def _compile(self, width: int) -> jax.stages.Compiled:
+    def compile_step(self, width: int) -> jax.stages.Compiled:
+        """The step of so many runs at one time, from shapes alone."""
         stacked, where = self._make(num_lanes=width), rows_sharding(self._mesh)
         batch = jax.tree.map(
             lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=where),
