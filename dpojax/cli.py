@@ -24,6 +24,7 @@ from dpojax.command_config import (
 )
 from dpojax.config import TrainConfig
 from dpojax.config_source import as_source
+from dpojax.flag_groups import make_registry
 from dpojax.user_code import load_names
 
 _PACKAGE = str(Path(__file__).parent)
@@ -69,7 +70,13 @@ def parse(arguments: list[str]) -> tuple[Any, bool]:
         | Annotated[ReportConfig, tyro.conf.subcommand("report")]
         | Annotated[WatchConfig, tyro.conf.subcommand("watch")]
     )
-    config = tyro.cli(commands, prog="dpojax", description=__doc__, args=arguments)
+    config = tyro.cli(
+        commands,
+        prog="dpojax",
+        description=__doc__,
+        args=arguments,
+        registry=make_registry(),
+    )
     return config, print_config
 
 

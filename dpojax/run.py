@@ -24,6 +24,7 @@ from dpojax.held_out_samples import make_sample_writer
 from dpojax.loading import as_reward_examples, check_positions
 from dpojax.memory_peaks import peak_memory
 from dpojax.metrics_file import MetricsFile
+from dpojax.model_card import facts, make_card, with_card
 from dpojax.not_finite import Case, explain
 from dpojax.policy import computed, load_policy, make_policy, write_trained
 from dpojax.precompute import precompute
@@ -43,6 +44,7 @@ from dpojax.sharding import (
 )
 from dpojax.spread import Spread
 from dpojax.step_log import Figures, NotFinite, StepLog
+from dpojax.trackers import Trackers
 from dpojax.train_step import make_eval_step
 from dpojax.training import make_training
 
@@ -73,11 +75,11 @@ def run(config: TrainConfig) -> Result:
         in it that began and in which examples.
     """
     connect(config.distributed)
-    with open_directory(config) as place:
-        return _train(config, place)
+    with open_directory(config) as place, Trackers(config.track) as trackers:
+        return _train(config, place, trackers)
 
 
-def _train(config: TrainConfig, place: RunDirectory) -> Result:
+def _train(config: TrainConfig, place: RunDirectory, trackers: Trackers) -> Result:
     # -- Settings that cannot work ----------------------------------------------------
     loss = make_configured_loss(config.loss)
     mesh = make_mesh(**vars(config.mesh))
@@ -158,6 +160,12 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
         place.begin(config, loaded)
         write_skipped(directory, skipped)
     checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.keep_last)
+    about = facts(
+        config,
+        loaded.base,
+        num_examples={"training": len(train), "held out": len(test)},
+        rate=float(training.learning_rates.max()),
+    )
     first: dict[str, float] = {}
     last, last_at = first, -1  # the newest evaluation and its step
     unlogged: Figures = []
@@ -174,7 +182,7 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
     adviser = Adviser(
         batch_size=config.batch_size, is_logistic=is_logistic(config.loss)
     )
-    log = Recording(directory, step or -1, adviser)
+    log = Recording(directory, step or -1, adviser, trackers, note["configuration"])
     each = MetricsFile(directory / "held_out.jsonl", keep_until=step or -1)
 
     # -- Evaluation -------------------------------------------------------------------
@@ -296,6 +304,7 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
                             "evaluation": last,
                             "evaluated_at": last_at,
                             "unlogged": unlogged,
+                            "facts": about,
                         }
                         best_by = last["loss"] if last_at == step else None
                         checkpoints.save(step, state, note | newest, best_by)
@@ -305,13 +314,20 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:
+        newest = {"evaluation": last, "evaluated_at": last_at, "facts": about}
+        card = make_card(
+            note | newest,
+            step,
+            is_adapter=loaded.model.lora is not None,
+            is_reward="reward_head" in loss.needs,
+        )
         write_trained(
             directory / "final",
             state.params,
             loaded.model,
             loaded.settings,
             loaded.base,
-            loaded.tokenizer.save_pretrained,
+            with_card(loaded.tokenizer.save_pretrained, card),
             generation_settings=loaded.generation_settings,
         )
         say(f"The model is in {directory / 'final'}.")
