@@ -3,6 +3,7 @@
 TensorBoard's files are read back; W&B offline and trackio where they are installed.
 """
 
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -174,3 +175,60 @@ def test_other_processes_than_the_first_tell_nobody(
         monkeypatch.setattr(f"dpojax.{module}.is_first", lambda: False)
     record(tmp_path, ("tensorboard",), range(1, 5))
     assert list(tmp_path.iterdir()) == []
+
+
+EXPECTED = [
+    (step, {"train/loss": 1 / step} | ({} if step % 2 else {"test/loss": 2 / step}))
+    for step in range(1, 9)
+]
+
+
+def test_wandb_has_one_row_a_step_and_goes_on_in_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Offline each start has files of its own; the newest hold the whole run."""
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "w" * 40)
+    record(tmp_path, ("wandb",), range(1, 7))
+    record(tmp_path, ("wandb",), range(5, 9), keep_until=4)
+    paths = sorted(tmp_path.glob("wandb/offline-*/run-*.wandb"))
+    assert len(paths) == 2 and len({path.name for path in paths}) == 1
+    assert rows_of_wandb(paths[1]) == EXPECTED
+    written = b"".join(
+        path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()
+    )
+    assert b"beta" in written and b"w" * 40 not in written
+
+
+def rows_of_wandb(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """The rows of a file of W&B: after 7 bytes, each a header of 7 bytes and data."""
+    record_type = import_module("wandb.proto.wandb_internal_pb2").Record
+    rows, content = [], path.read_bytes()[7:]
+    assert len(content) < 2**15  # where a record might be in two parts
+    while content:
+        (length,) = struct.unpack("<H", content[4:6])
+        read = record_type.FromString(content[7 : 7 + length])
+        content = content[7 + length :]
+        if read.HasField("history"):
+            items = {
+                "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                for item in read.history.item
+            }
+            values = {name: v for name, v in items.items() if not name.startswith("_")}
+            rows.append((read.history.step.num, values))
+    return rows
+
+
+def test_trackio_has_one_row_a_step_and_goes_on_in_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at its import
+    pytest.importorskip("trackio", reason="the extra trackio is not installed")
+    record(tmp_path, ("trackio",), range(1, 7))
+    record(tmp_path, ("trackio",), range(5, 9), keep_until=4)
+    storage = import_module("trackio.sqlite_storage").SQLiteStorage
+    name = f"{tmp_path.name}-{(tmp_path / 'tracked_as').read_text()}"
+    rows = storage.get_logs("dpojax", name)
+    assert [(row.pop("step"), row) for row in rows if row.pop("timestamp")] == EXPECTED
+    assert storage.get_run_config("dpojax", name)["beta"] == 0.1
