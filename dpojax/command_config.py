@@ -195,6 +195,14 @@ class WatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """Print a script by which a shell completes what is typed."""
+
+    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
+    """The shell."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShapeConfig:
     """A model with random weights, of a known shape or a changed one."""
 
