@@ -31,7 +31,7 @@ from dpojax.precompute import precompute
 from dpojax.preemption import preemption
 from dpojax.prepare import check_training, is_logistic, make_configured_loss
 from dpojax.processes import check_same
-from dpojax.progress import say, track
+from dpojax.progress import make_first_times, say, track
 from dpojax.recording import Recording
 from dpojax.reference_setting import named_reference, why_not_equal
 from dpojax.resume import abstract, check_note, find_step, make_note
@@ -266,7 +266,8 @@ def _train(config: TrainConfig, place: RunDirectory, trackers: Trackers) -> Resu
     def put_own(counted: tuple[int, Batch]) -> Batch:
         return placement.put_own(counted[1])
 
-    bar = track("Training", total=num_steps, done=step)
+    bar = track("Training", total=num_steps, done=step, lines=False)
+    compiling = make_first_times()
     with (
         preemption() as is_preempted,  # to the end: a checkpoint may be on its way
         closing(checkpoints),
@@ -274,7 +275,9 @@ def _train(config: TrainConfig, place: RunDirectory, trackers: Trackers) -> Resu
         explaining(),
     ):
         for (num_tokens, _), placed in put_ahead(batches, put_own):
-            state, sums = training.step(state, training.frozen, placed)
+            rows, positions = placed.tokens.shape
+            with compiling(f"Compiling a step of {rows:,} x {positions:,} positions"):
+                state, sums = training.step(state, training.frozen, placed)
             steps.catch_up()  # with an interval that ended before this step
             step += 1
             steps.add(step, sums, num_tokens)
