@@ -94,6 +94,7 @@ def test_lm_eval_finds_the_log_likelihoods_that_dpojax_finds(
             for choice in document["choices"]
         ]
         batch = as_batch([[Example(prompt, tuple(completions))]], length=64)
-        found = completion_log_probs(*apply(loaded.params, batch), batch)
+        hidden, output = apply(loaded.params, batch)
+        found = completion_log_probs(hidden, output, batch)
         theirs = [float(answer[0][0]) for answer in sample["resps"]]
         np.testing.assert_allclose(np.ravel(found), theirs, rtol=1e-4)
