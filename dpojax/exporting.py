@@ -15,7 +15,7 @@ from dpojax.command_config import ExportConfig
 from dpojax.connecting import connect
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.loading import load_model, load_reward_model, new_directory
-from dpojax.model_card import make_card, make_merged_card, with_card
+from dpojax.model_card import make_card, make_short_card, with_card
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
@@ -80,12 +80,12 @@ def export(config: ExportConfig) -> Path:
 def _write(output: Path, exported: _Exported, config: ExportConfig, step: int) -> None:
     model, trained, base, settings, generation_settings, base_name = exported[:6]
     is_adapter = model.lora is not None and not config.merge
-    if exported.note is None:
-        card = make_merged_card(base_name)
+    note = exported.note
+    if note is None or "facts" not in note:  # adapters, or a run of an earlier version
+        card = make_short_card(base_name, is_adapter=is_adapter)
     else:
-        is_reward = model.config.head == "score"
-        kinds = {"is_adapter": is_adapter, "is_reward": is_reward}
-        card = make_card(exported.note, step, **kinds)
+        kinds = {"is_adapter": is_adapter, "is_reward": model.config.head == "score"}
+        card = make_card(note, step, **kinds)
     write_rest = with_card(exported.tokenizer.save_pretrained, card)
     if not config.merge:
         write_trained(

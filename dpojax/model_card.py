@@ -106,12 +106,15 @@ def make_card(
     return "\n\n".join([f"---\n{front}\n---", *parts]) + "\n"
 
 
-def make_merged_card(base: str) -> str:
-    """The card of a base with adapters of whose training nothing is known."""
-    front = ModelCardData(tags=["dpojax"], library_name="transformers")
-    name = _code(without_places(base))
-    text = f"# A model with merged adapters\n\nIts base is {name}; merged by dpojax."
-    return f"---\n{front.to_yaml()}\n---\n\n{text}\n"
+def make_short_card(base: str, *, is_adapter: bool) -> str:
+    """The card of what no note tells about: adapters of others, merged, say."""
+    front = ModelCardData(
+        base_model=None if Path(base).exists() else base,
+        library_name="peft" if is_adapter else "transformers",
+        tags=["dpojax"],
+    )
+    about = f"- Base: {_code(without_places(base))}\n- Written by dpojax export"
+    return f"---\n{front.to_yaml()}\n---\n\n# An exported model\n\n{about}\n"
 
 
 def with_card(write: Callable[[Path], object], card: str) -> Callable[[Path], None]:
@@ -202,7 +205,10 @@ def _results(evaluation: Mapping[str, float]) -> list[str]:
             continue
         error = evaluation.get(f"{name}_se", math.nan)
         spread = f" ± {error:.2g}" if math.isfinite(error) else ""
-        rows.append(f"| `{name}` | {value:.4g}{spread} | {definition(name)} |")
+        # Of a term of the user's own file the name is a path.
+        term, slash, rest = name.partition("/")
+        shown = _code(f"{term}{slash}{without_places(rest)}").replace("|", "\\|")
+        rows.append(f"| {shown} | {value:.4g}{spread} | {definition(name)} |")
     if not rows:
         return []
     return ["| metric | value | what it is |", "| --- | --- | --- |", *rows, "", _UNITS]

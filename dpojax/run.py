@@ -185,6 +185,10 @@ def _train(config: TrainConfig, place: RunDirectory, trackers: Trackers) -> Resu
     log = Recording(directory, step or -1, adviser, trackers, note["configuration"])
     each = MetricsFile(directory / "held_out.jsonl", keep_until=step or -1)
 
+    def noted() -> dict[str, Any]:
+        newest = {"evaluation": last, "evaluated_at": last_at, "facts": about}
+        return note | newest
+
     # -- Evaluation -------------------------------------------------------------------
     eval_step = make_eval_step(
         loaded.model.apply,
@@ -303,23 +307,17 @@ def _train(config: TrainConfig, place: RunDirectory, trackers: Trackers) -> Resu
                     if due["save"]:
                         log.keep()
                         each.keep()
-                        newest = {
-                            "evaluation": last,
-                            "evaluated_at": last_at,
-                            "unlogged": unlogged,
-                            "facts": about,
-                        }
+                        saved = noted() | {"unlogged": unlogged}
                         best_by = last["loss"] if last_at == step else None
-                        checkpoints.save(step, state, note | newest, best_by)
+                        checkpoints.save(step, state, saved, best_by)
             advance(figures_line("", steps.latest))
             if preempted:
                 break
 
     # -- What remains -----------------------------------------------------------------
     if step == num_steps:
-        newest = {"evaluation": last, "evaluated_at": last_at, "facts": about}
         card = make_card(
-            note | newest,
+            noted(),
             step,
             is_adapter=loaded.model.lora is not None,
             is_reward="reward_head" in loss.needs,

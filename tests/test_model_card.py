@@ -28,6 +28,7 @@ def card_of(config: TrainConfig, base: str = "org/model", **changes: Any) -> str
     """The card of a run that was never made."""
     about = facts(config, base, num_examples={"training": 1_000}, rate=1e-6)
     evaluation = {"loss": 0.5, "loss_se": 0.01, "rewards/chosen": float("nan")}
+    evaluation |= {f"loss/{config.loss.name}": 0.25}
     note = {"facts": about, "evaluation": evaluation, "evaluated_at": 30}
     kinds = {"is_adapter": False, "is_reward": False} | changes
     return make_card(made_by(config) | note, 40, **kinds)
@@ -141,6 +142,7 @@ def test_a_loss_of_the_user_s_own_is_named_and_not_run(tmp_path: Path):
     text = card_of(TrainConfig(loss=LossConfig(name=path, beta=0.3)))
     assert "`mine.py:loss`" in text and "beta 0.3" in text
     assert str(tmp_path) not in text and "## Citation" not in text
+    assert "| `loss/mine.py:loss` | 0.25 |" in text
 
 
 def test_paths_lose_their_directories():
