@@ -95,15 +95,7 @@ class WandB:
           ValueError: if the service refuses.
         """
         wandb = import_module("wandb")
-        mailbox = import_module("wandb.sdk.mailbox")
-        service = import_module("wandb.sdk.lib.service.service_token")
-        self.failures = (
-            wandb.Error,
-            mailbox.MailboxClosedError,
-            mailbox.HandleAbandonedError,
-            service.WandbServiceConnectionError,
-            OSError,
-        )
+        self.failures = (wandb.Error, OSError)
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "dpojax"),
