@@ -8,7 +8,7 @@ run goes on. How each of them is told is `dpojax.tracker_clients`' concern.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,11 +44,13 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
         self._step, self._row = -1, {}  # a step whose lines are not all there yet
         for name in self._names:
-            if find_spec(_PACKAGES[name]) is None:
+            try:
+                version(_PACKAGES[name])  # a directory may have a package's name
+            except PackageNotFoundError:
                 raise ValueError(
                     f"--track {name} needs a package that is not installed: run "
                     f"pip install 'dpojax[{name}]', or leave {name} out."
-                )
+                ) from None
 
     def __enter__(self) -> "Trackers":
         """Nothing is open yet."""

@@ -147,7 +147,7 @@ class Failing:
 def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setitem(trackers._PACKAGES, "wandb", "json")
+    monkeypatch.setitem(trackers._PACKAGES, "wandb", "numpy")
     monkeypatch.setitem(trackers._CLIENTS, "wandb", Failing)
     record(tmp_path, ("wandb", "tensorboard"), range(1, 9))
     printed = capsys.readouterr().out
@@ -160,7 +160,7 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
 def test_a_missing_package_is_told_before_anything_is_loaded(
     name: Any, config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(trackers, "find_spec", lambda package: None)
+    monkeypatch.setitem(trackers._PACKAGES, name, "no-such-package")
     monkeypatch.setattr("dpojax.run.load_policy", lambda *_: pytest.fail("loaded"))
     config = replace(config, output=str(place / "never"), track=(name,))
     with pytest.raises(ValueError, match=rf"pip install 'dpojax\[{name}\]'"):
