@@ -22,6 +22,7 @@ from dpojax.command_config import (
     ReferenceConfig,
     ReportConfig,
     ScoreConfig,
+    SweepConfig,
     WatchConfig,
 )
 from dpojax.config import TrainConfig
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: list[str]) -> tuple[Any, bool]:
     """The settings of a command, and whether they are only to be printed."""
     train, print_config = TrainConfig(), False
-    if arguments[:1] in (["train"], ["reference"], ["plan"]):
+    if arguments[:1] in (["train"], ["reference"], ["plan"], ["sweep"]):
         train, arguments, print_config = _take_origin(arguments)
     return _make_cli(train)(args=arguments), print_config
 
@@ -64,10 +65,12 @@ def _make_cli(train: TrainConfig) -> Callable[..., Any]:
     """The parser of all commands, those of training with these defaults."""
     ahead = ReferenceConfig(**vars(train))
     planned = PlanConfig(**vars(train))
+    swept = SweepConfig(**vars(train))
     commands = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
         | Annotated[ReferenceConfig, tyro.conf.subcommand("reference", default=ahead)]
         | Annotated[PlanConfig, tyro.conf.subcommand("plan", default=planned)]
+        | Annotated[SweepConfig, tyro.conf.subcommand("sweep", default=swept)]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
@@ -111,6 +114,7 @@ def _dispatch(arguments: list[str]) -> None:
     from dpojax.sampling import generate
     from dpojax.scoring import score
     from dpojax.sentiment import run_sentiment
+    from dpojax.sweep.command import sweep
 
     use_compilation_cache()
     match config:
@@ -119,6 +123,8 @@ def _dispatch(arguments: list[str]) -> None:
             bench(config)
         case PlanConfig():
             plan(config)
+        case SweepConfig():
+            sweep(config)
         case ReferenceConfig():
             reference(config)
         case TrainConfig(model=None, data=()):

@@ -31,6 +31,7 @@ _BEGINNINGS = {
     "token_metrics": "record",
     "token_file": "bench",
     "topology": "plan",
+    "over": "sweep",
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import ModelCardData
 
 from dpojax.command_line import as_command, without_places
@@ -54,7 +55,11 @@ _UNITS = "Means ± standard errors over held-out examples; nats are natural loga
 
 
 def facts(
-    config: TrainConfig, base: str, *, num_examples: Mapping[str, int], rate: float
+    config: TrainConfig,
+    base: str,
+    *,
+    num_examples: Mapping[str, int],
+    rates: np.ndarray,
 ) -> dict[str, Any]:
     """What a card tells of a run that its settings do not, as JSON can hold it.
 
@@ -62,7 +67,7 @@ def facts(
       config: the settings, on the machine where the run is.
       base: name of the model that it starts from or, with adapters, of their base.
       num_examples: by the part that they have in the run.
-      rate: the largest learning rate.
+      rates: the learning rate of each step.
     """
     names = {base, config.model or base, *config.data}
     return {
@@ -70,7 +75,7 @@ def facts(
         # What was found and is no path was the hub's.
         "hub": sorted(name for name in names if not Path(name).exists()),
         "examples": dict(num_examples),
-        "learning_rate": rate,
+        "learning_rate": float(rates.max()),
     }
 
 

@@ -7,7 +7,7 @@ The second is a function of the first: a resumed run writes it anew from the lin
 it keeps. Lines go to trackers too. This file does not know what is measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,19 @@ class Recording:
         adviser: Adviser,
         trackers: Trackers,
         settings: Mapping[str, Any],
+        tell: Callable[[str], None] = say,
     ):
         """Opens the files; what is after that step is dropped, since it comes again.
 
         Args:
           directory: of the run.
-          keep_until: the last step of which a resumed run keeps lines.
-          adviser: finds what is worth a warning.
+          keep_until: that step.
+          adviser: finds the warnings.
           trackers: services that are not open yet.
           settings: what these show of the configuration.
+          tell: shows them.
         """
+        self._tell = tell
         self._file = MetricsFile(directory / "metrics.jsonl", keep_until=keep_until)
         self._path = directory / "warnings.jsonl"
         self._adviser = adviser
@@ -56,7 +59,7 @@ class Recording:
         self._trackers.write(step, split, values)
         new = self._adviser.read(step, split, values)
         for advice in new:
-            say(f"Warning at step {step}: {advice.text}")
+            self._tell(f"Warning at step {step}: {advice.text}")
         if new:
             self._warnings += new
             self._write_warnings()

@@ -18,14 +18,14 @@ _dpojax() {
   _tyro_dpojax
   [[ -n "${COMPREPLY[*]}" ]] || COMPREPLY=()
   case "${COMP_WORDS[1]}" in
-    train | reference | plan) COMPREPLY+=($(compgen -W "FLAGS" -- "$word")) ;;
+    train | reference | plan | sweep) COMPREPLY+=($(compgen -W "FLAGS" -- "$word")) ;;
   esac
 }
 complete -o filenames -o default -F _dpojax dpojax
 """,
     "zsh": """ || _files
 case "$words[2]" in
-  train | reference | plan) compadd -- FLAGS ;;
+  train | reference | plan | sweep) compadd -- FLAGS ;;
 esac
 """,
 }

@@ -7,7 +7,7 @@ import pytest
 from dpojax.cli import main
 
 COMMANDS = [
-    "train", "reference", "plan", "eval", "bench", "losses", "score", "init",
+    "train", "reference", "plan", "sweep", "eval", "bench", "losses", "score", "init",
     "generate", "export", "report", "watch", "completion",
 ]  # fmt: skip
 WIDTH, HEIGHT = 80, 50

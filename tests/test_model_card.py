@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -26,7 +27,9 @@ EVIL = "a`b``c\n---\n# d: {e} <script> | [f](g) 'h' \"i\" ../j"
 
 def card_of(config: TrainConfig, base: str = "org/model", **changes: Any) -> str:
     """The card of a run that was never made."""
-    about = facts(config, base, num_examples={"training": 1_000}, rate=1e-6)
+    about = facts(
+        config, base, num_examples={"training": 1_000}, rates=np.array([1e-6])
+    )
     evaluation = {"loss": 0.5, "loss_se": 0.01, "rewards/chosen": float("nan")}
     evaluation |= {f"loss/{config.loss.name}": 0.25}
     note = {"facts": about, "evaluation": evaluation, "evaluated_at": 30}
