@@ -5,6 +5,7 @@ TensorBoard's files are read back; W&B offline and trackio where they are instal
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -161,7 +162,7 @@ def test_a_missing_package_is_told_before_anything_is_loaded(
     name: Any, config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(trackers._PACKAGES, name, "no-such-package")
-    monkeypatch.setattr("dpojax.run.load_policy", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("dpojax.run.load_material", lambda *_: pytest.fail("loaded"))
     config = replace(config, output=str(place / "never"), track=(name,))
     with pytest.raises(ValueError, match=rf"pip install 'dpojax\[{name}\]'"):
         run(config)
@@ -202,22 +203,35 @@ def test_wandb_has_one_row_a_step_and_goes_on_in_the_same_run(
 
 
 def rows_of_wandb(path: Path) -> list[tuple[int, dict[str, float]]]:
-    """The rows of a file of W&B: after 7 bytes, each a header of 7 bytes and data."""
+    """The rows of a file of W&B, whose own process writes it a little later."""
+    read = read_wandb(path)
+    for _ in range(100):
+        if any(record.HasField("exit") for record in read):
+            break
+        time.sleep(0.1)
+        read = read_wandb(path)
+    rows = []
+    for record in read:
+        if record.HasField("history"):
+            items = {
+                "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                for item in record.history.item
+            }
+            values = {name: v for name, v in items.items() if not name.startswith("_")}
+            rows.append((record.history.step.num, values))
+    return rows
+
+
+def read_wandb(path: Path) -> list[Any]:
+    """After 7 bytes, each record: a header of 7 bytes, and data."""
     record_type = import_module("wandb.proto.wandb_internal_pb2").Record
-    rows, content = [], path.read_bytes()[7:]
+    found, content = [], path.read_bytes()[7:]
     assert len(content) < 2**15  # where a record might be in two parts
     while content:
         (length,) = struct.unpack("<H", content[4:6])
-        read = record_type.FromString(content[7 : 7 + length])
+        found.append(record_type.FromString(content[7 : 7 + length]))
         content = content[7 + length :]
-        if read.HasField("history"):
-            items = {
-                "/".join(item.nested_key) or item.key: json.loads(item.value_json)
-                for item in read.history.item
-            }
-            values = {name: v for name, v in items.items() if not name.startswith("_")}
-            rows.append((read.history.step.num, values))
-    return rows
+    return found
 
 
 def test_trackio_has_one_row_a_step_and_goes_on_in_the_same_run(
