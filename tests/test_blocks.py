@@ -17,6 +17,7 @@ from dpojax.cli import main
 # How lines begin that are not run, and why; the first that fits counts.
 NOT_RUN = {
     "pip install": "continuous integration does, on a clean checkout",
+    "dpojax train --output runs/first": "the embedded task, minutes; tests have it",
     "dpojax score": "needs a reward model; tests/test_reward_models.py trains one",
     "dpojax generate --model runs/dpo/final --chat": "tests/test_chat.py talks with it",
     "dpojax watch": "serves until it is stopped; tests/test_report.py does",
@@ -39,7 +40,12 @@ SHORT = (
     "--sample-tokens 4 --log-every 1"
 )
 EXAMPLES = "--max-length 64 --test-size 4 --kl-samples 4 --sample-tokens 4"
-FLAGS = {"train": SHORT, "eval": EXAMPLES, "generate": "--max-new-tokens 4"}
+FLAGS = {
+    "train": SHORT,
+    "sweep": SHORT,
+    "eval": EXAMPLES,
+    "generate": "--max-new-tokens 4",
+}
 RECIPE = """
 model_name_or_path: runs/sft/final
 dataset_name: pairs.jsonl.gz
@@ -102,8 +108,11 @@ def test_lines_run_one_after_the_other(
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     for line in lines():
         if reason(line) is None:
-            if "report" in line:  # of a second run too
+            if "runs/dpop" in line:
                 shutil.copytree("runs/dpo", "runs/dpop")
+            if "--model runs/first" in line:  # which the embedded task would leave
+                shutil.copytree("runs/sft", "runs/first/sft")
+                shutil.copy(place / "pairs.jsonl", "runs/first")
             main(smaller(line))
     for name in ("runs/dpo/final", "runs/dpo-2/final", "hf", "hf/lora"):
         assert (tmp_path / name / "README.md").is_file(), name
