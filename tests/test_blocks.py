@@ -114,6 +114,12 @@ def test_lines_run_one_after_the_other(
                 shutil.copytree("runs/sft", "runs/first/sft")
                 shutil.copy(place / "pairs.jsonl", "runs/first")
             main(smaller(line))
-    for name in ("runs/dpo/final", "runs/dpo-2/final", "hf", "hf/lora"):
+    for name in (
+        "runs/dpo/final",
+        "runs/dpo-2/final",
+        "runs/tracked/final",
+        "hf",
+        "hf/lora",
+    ):
         assert (tmp_path / name / "README.md").is_file(), name
     assert (tmp_path / "runs/dpo/report.html").is_file()
