@@ -27,7 +27,7 @@ import optax
 import tyro
 from jax import Array
 from jax.nn import log_sigmoid, relu, sigmoid, softplus
-from sensitivity import make_differentiable_optimizer
+from sensitivity import Optimizer, differentiable_adam
 from setting import (
     Setting,
     Split,
@@ -58,10 +58,10 @@ TERMS: dict[str, Callable[[Array], Array]] = {
 }
 DPO = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
 # Of the outer problem: openings that no comparison uses.
-NUM_OPENINGS, INNER_TRAIN, INNER_VALIDATION, INNER_STEPS = 600, 512, 256, 48
-OUTER_STEPS, OUTER_RATE = 24, 0.05
+NUM_OPENINGS, INNER_TRAIN, INNER_VALIDATION, INNER_STEPS = 600, 512, 256, 32
+OUTER_STEPS, OUTER_RATE = 16, 0.1
 # Of the comparison.
-NUM_TRAIN, NUM_STEPS = 1_024, 192
+NUM_TRAIN, NUM_STEPS = 1_024, 128
 OTHERS = {
     "dpo": make_loss("dpo"),
     "dpo, label_smoothing 0.2": make_loss("dpo", label_smoothing=0.2),
@@ -118,8 +118,8 @@ def make_discovered(coefficients: Any) -> Loss:
 def discover(setting: Setting, openings: np.ndarray) -> np.ndarray:
     """Coefficients that Adam finds from dpo's, a new inner problem each step."""
     coefficients = jnp.asarray(DPO)
-    optimizer = optax.adam(OUTER_RATE)
-    state = optimizer.init(coefficients)
+    inner, outer = differentiable_adam(), optax.adam(OUTER_RATE)
+    state = outer.init(coefficients)
     for number in range(OUTER_STEPS):
         split = make_split(
             setting,
@@ -132,21 +132,23 @@ def discover(setting: Setting, openings: np.ndarray) -> np.ndarray:
         order = shuffled(len(split.flipped), BATCH_SIZE, INNER_STEPS, number)
         value, slope = outer_gradient(
             setting.model.model.apply,
+            inner,
             coefficients,
             setting.model.params,
             split.train,
             split.validation,
             order,
         )
-        updates, state = optimizer.update(slope, state)
+        updates, state = outer.update(slope, state)
         coefficients = coefficients + updates
         print(number, float(value), np.round(coefficients, 3).tolist(), flush=True)
     return np.asarray(coefficients)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def outer_gradient(
     apply: Apply,
+    optimizer: Optimizer,
     coefficients: Array,
     start: Params,
     train: Batch,
@@ -156,7 +158,6 @@ def outer_gradient(
     """How badly clean pairs are ranked after a run, and its gradient."""
 
     def trained(coefficients: Array) -> Params:
-        optimizer = make_differentiable_optimizer()
         training = make_training(apply, make_discovered(coefficients), optimizer)
         return training(init_state(start, optimizer), train, order).params
 
@@ -193,7 +194,7 @@ def held_out_accuracy(
         flipped=FLIPPED,
         openings=openings,
     )
-    apply, optimizer = setting.model.model.apply, make_differentiable_optimizer()
+    apply, optimizer = setting.model.model.apply, differentiable_adam()
     order = shuffled(len(split.flipped), BATCH_SIZE, NUM_STEPS, seed)
     training = make_training(apply, loss, optimizer)
     state = training(init_state(setting.model.params, optimizer), split.train, order)

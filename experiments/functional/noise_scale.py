@@ -46,7 +46,7 @@ from dpojax.per_example import per_example_gradients
 from dpojax.train_step import init_state
 
 NUM_TRAIN, BATCH_SIZE = 1_024, 16
-LOOKS = (0, 8, 32, 96, 192)  # after so many steps
+LOOKS = (0, 16, 64, 128)  # after so many steps
 
 
 class Noise(NamedTuple):
@@ -61,7 +61,7 @@ class Noise(NamedTuple):
         return self.variance / self.signal
 
 
-def main(output: Path, seeds: int = 4) -> None:
+def main(output: Path, seeds: int = 3) -> None:
     """Prints the noise scale along runs, without and with flipped labels.
 
     Args:

@@ -22,7 +22,7 @@ from jax import Array
 from dpojax.batch import Batch
 from dpojax.compilation_cache import use_compilation_cache
 from dpojax.config import TrainConfig
-from dpojax.data.packing import as_batch, bucket_length, row_length
+from dpojax.data.packing import as_batch, row_length
 from dpojax.examples import load_examples
 from dpojax.loading import Loaded, load_model
 from dpojax.losses.make import Loss, make_loss
@@ -100,7 +100,7 @@ def make_setting(model: Loaded, pairs: Path) -> Setting:
         test_size=0,
         max_length=MAX_LENGTH,
     )
-    length = bucket_length(max(map(row_length, examples)))
+    length = max(map(row_length, examples))
     batch = as_batch([[example] for example in examples], length=length)
     known = log_probs(model.model.apply, model.params, batch)
     prompts = [example.prompt.tobytes() for example in examples]
