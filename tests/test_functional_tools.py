@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 from optax.contrib import differentially_private_aggregate
 from tiny_models import SMALL, keep_gradient
 
@@ -53,7 +54,7 @@ def pairs_of_tokens(count: int, model: Model, params: Params) -> Batch:
     """Random tokens; the chosen have a liked one, the rejected a disliked one."""
     rng = np.random.default_rng(0)
 
-    def tokens(count: int, *among: int) -> np.ndarray:
+    def tokens(count: Any, *among: int) -> np.ndarray:
         drawn = [*rng.integers(10, 128, count - len(among)), *among]
         return rng.permutation(drawn).astype(np.int32)
 
@@ -200,17 +201,32 @@ def test_the_noise_scale_is_that_of_gradients_with_known_moments() -> None:
 
 
 def test_influence_finds_flipped_pairs(
-    model: Model, params: Params, pairs: Batch
+    model: Model, moved: Params, pairs: Batch
 ) -> None:
     setting, influence = experiment("setting"), experiment("influence")
-    flipped = np.random.default_rng(1).random(64) < 0.2
-    split = setting.Split(setting.flip(pairs, flipped), pairs, pairs, flipped)
-    tools = influence.make_tools(model.apply, optax.adam(1e-3, b2=0.99))
-    state = init_state(params, tools.optimizer)
-    state = tools.training(state, split.train, setting.shuffled(64, 16, 8, seed=0))
-    look = influence.Checkpoint(state.params, influence.adam_scale(state), 1.0)
-    for score in influence.harm(tools, [look], split).values():
-        assert influence.auc(score, flipped) > 0.9
+    is_flipped = np.random.default_rng(1).random(64) < 0.2
+    train = setting.flip(pairs, is_flipped)
+    project = influence.make_projection(model.apply, moved)
+    helped = influence.influence(
+        project(moved, train),
+        project(moved, pairs),
+        setting.margins(model.apply, moved, train),
+    )
+    assert influence.auc(-helped, is_flipped) > 0.9
+
+
+def test_projected_gradients_keep_their_products(
+    model: Model, moved: Params, pairs: Batch, gradients: Any
+) -> None:
+    """Of dpo's gradients too: those of margins times beta sigmoid(-beta margin)."""
+    setting, influence = experiment("setting"), experiment("influence")
+    project = influence.make_projection(model.apply, moved)
+    few = first_rows(pairs, 8)
+    flat = jax.vmap(lambda grad: ravel_pytree(grad)[0])(gradients(moved, few))
+    slope = 0.1 * jax.nn.sigmoid(-0.1 * setting.margins(model.apply, moved, few))
+    projected = project(moved, pairs)[:8] * slope[:, None]
+    exact, found = flat @ flat.T, projected @ projected.T
+    np.testing.assert_allclose(found, exact, atol=0.1 * float(jnp.max(exact)))
 
 
 def test_flipped_pairs_have_the_opposite_margin(

@@ -27,7 +27,7 @@ import optax
 import tyro
 from jax import Array
 from jax.nn import log_sigmoid, relu, sigmoid, softplus
-from sensitivity import Optimizer, differentiable_adam
+from sensitivity import Optimizer, differentiable_adam, vdot
 from setting import (
     Setting,
     Split,
@@ -58,10 +58,10 @@ TERMS: dict[str, Callable[[Array], Array]] = {
 }
 DPO = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
 # Of the outer problem: openings that no comparison uses.
-NUM_OPENINGS, INNER_TRAIN, INNER_VALIDATION, INNER_STEPS = 600, 512, 256, 32
-OUTER_STEPS, OUTER_RATE = 16, 0.1
+NUM_OPENINGS, INNER_TRAIN, INNER_VALIDATION, INNER_STEPS = 600, 384, 128, 24
+OUTER_STEPS, OUTER_RATE = 12, 0.15
 # Of the comparison.
-NUM_TRAIN, NUM_STEPS = 1_024, 128
+NUM_TRAIN, NUM_STEPS = 512, 64
 OTHERS = {
     "dpo": make_loss("dpo"),
     "dpo, label_smoothing 0.2": make_loss("dpo", label_smoothing=0.2),
@@ -140,7 +140,7 @@ def discover(setting: Setting, openings: np.ndarray) -> np.ndarray:
             order,
         )
         updates, state = outer.update(slope, state)
-        coefficients = coefficients + updates
+        coefficients = jnp.asarray(optax.apply_updates(coefficients, updates))
         print(number, float(value), np.round(coefficients, 3).tolist(), flush=True)
     return np.asarray(coefficients)
 
@@ -166,7 +166,7 @@ def outer_gradient(
 
     params, tangents = jax.vmap(along, out_axes=(None, 0))(jnp.eye(len(coefficients)))
     value, by_params = jax.value_and_grad(partial(misranked, apply))(params, validation)
-    slope = jax.vmap(lambda tangent: optax.tree.vdot(by_params, tangent))(tangents)
+    slope = jax.vmap(partial(vdot, by_params))(tangents)
     return value, slope
 
 
@@ -190,7 +190,6 @@ def held_out_accuracy(
         setting,
         seed,
         num_train=NUM_TRAIN,
-        num_validation=0,
         flipped=FLIPPED,
         openings=openings,
     )

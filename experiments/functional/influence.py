@@ -1,18 +1,22 @@
-"""Which pairs harm? Influence of single pairs on a held-out loss, from their gradients.
+"""Which pairs harm? Influence of single pairs on a held-out margin, from gradients.
 
-Claim: of training pairs of which 20 % have flipped labels, those whose gradients oppose
-the gradient of 256 clean held-out pairs are the flipped ones (AUC above 0.8), and
-without the worst 5 % of them held-out accuracy is higher.
+Claim: of training pairs of which 20 % have flipped labels, those that the influence
+function finds to lower the margin of clean held-out pairs are the flipped ones (AUC
+above 0.8), and without the worst 5 % of them held-out accuracy is higher.
 Command: python experiments/functional/influence.py --output runs/functional
 Hardware, time and result: README.md beside this file.
 
-A pair's influence is what its steps did to the held-out loss, to first order, summed
-over checkpoints of one run (TracIn; Pruthi et al. 2020, arXiv:2002.08484, section 3),
-in Adam's metric as in LESS (Xia et al. 2024, arXiv:2402.04333, section 3):
+A pair's influence is what its presence changes in the mean margin of the held-out
+pairs, to first order and with a Gauss-Newton matrix for the Hessian (Koh and Liang
+2017, arXiv:1703.04730, eq. 2; of margins and random projections, as in TRAK, Park et
+al. 2023, arXiv:2303.14186, eq. 13-17):
 
-    I(z) = sum_t rate_t <gradient of the held-out loss, P_t gradient of the loss of z>
+    I(z) = p(z) <g, (Phi^T Phi / n + damping)^-1 phi(z)>
 
-P_t divides by the root of Adam's mean square. It falls below 0 where a pair harms.
+phi(z) is the projected gradient of the margin of z, Phi has those of the n training
+pairs, g is the mean of those of the held-out ones, and ``p = sigmoid(-beta margin)`` is
+how much dpo still wants of z. It is averaged over checkpoints of one run, its start
+among them, each in units of its standard deviation.
 """
 
 import json
@@ -26,14 +30,16 @@ import numpy as np
 import optax
 import tyro
 from jax import Array
+from jax.flatten_util import ravel_pytree
 from scipy.stats import mannwhitneyu
 from setting import (
-    AT_ONCE,
     Setting,
     Split,
     Training,
     accuracy,
+    in_parts,
     load_setting,
+    make_run_optimizer,
     make_split,
     make_training,
     margins,
@@ -44,23 +50,19 @@ from setting import (
 
 from dpojax.batch import Batch
 from dpojax.losses.make import Loss, make_loss
+from dpojax.losses.objective import Objective
+from dpojax.losses.scores import Outcome, Scores
 from dpojax.measure import Apply, Params
-from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.per_example import per_example_gradients
-from dpojax.train_step import TrainState, init_state
+from dpojax.train_step import init_state
 
-NUM_TRAIN, NUM_VALIDATION, FLIPPED = 1_024, 256, 0.2
-BATCH_SIZE, NUM_STEPS, NUM_CHECKPOINTS = 16, 128, 2
-LEARNING_RATE = 7e-4
+NUM_TRAIN, NUM_VALIDATION, FLIPPED = 896, 256, 0.2
+BATCH_SIZE, BETA = 16, 0.1
+PARTS = (0, 28, 56)  # steps of each part of a run; after it there is a checkpoint
+NUM_STEPS = 112
+NUM_SUMS = 8_192  # numbers that a gradient is projected to
+DAMPING = 1.0  # in units of the mean eigenvalue of Phi Phi^T / n
 REMOVED = 0.05
-
-
-class Checkpoint(NamedTuple):
-    """Where a run was, and what its next steps divide gradients by."""
-
-    params: Params
-    scale: Params  # the root of Adam's mean square
-    rate: float  # learning rate there, times steps until the next one
 
 
 class Tools(NamedTuple):
@@ -69,13 +71,11 @@ class Tools(NamedTuple):
     apply: Apply
     optimizer: optax.GradientTransformation
     training: Training
-    mean_gradient: Callable[..., Params]
-    products: Callable[..., Array]
+    project: Callable[[Params, Batch], Array]
 
     def train(self, start: Params, pairs: Batch, order: np.ndarray) -> Params:
         """The parameters after a whole run."""
-        state = init_state(start, self.optimizer)
-        return self.training(state, pairs, order).params
+        return self.training(init_state(start, self.optimizer), pairs, order).params
 
 
 def main(output: Path, seeds: int = 6) -> None:
@@ -86,21 +86,60 @@ def main(output: Path, seeds: int = 6) -> None:
       seeds: divisions of the pairs, flips and orders.
     """
     setting = load_setting(output)
-    tools = make_tools(setting.model.model.apply, make_run_optimizer())
+    optimizer = make_run_optimizer(NUM_STEPS)
+    tools = make_tools(setting.model.model.apply, setting.model.params, optimizer)
     results = [of_seed(setting, tools, seed) for seed in range(seeds)]
     print(tables(results))
 
 
-def make_tools(apply: Apply, optimizer: optax.GradientTransformation) -> Tools:
-    """Training by dpo, and products of its gradients."""
-    loss = make_loss("dpo")
-    return Tools(
-        apply,
-        optimizer,
-        make_training(apply, loss, optimizer),
-        make_mean_gradient(apply, loss),
-        make_products(apply, loss),
-    )
+def make_tools(
+    apply: Apply, params: Params, optimizer: optax.GradientTransformation
+) -> Tools:
+    """Training by dpo, and projections of a margin's gradients.
+
+    Args:
+      apply: the model.
+      params: any of its parameters; their number is what counts.
+      optimizer: of the runs.
+    """
+    training = make_training(apply, make_loss("dpo"), optimizer)
+    return Tools(apply, optimizer, training, make_projection(apply, params))
+
+
+def make_projection(apply: Apply, params: Params) -> Callable[[Params, Batch], Array]:
+    """Builds ``(params, pairs) -> [pairs, sums]``: gradients of margins, in few sums.
+
+    Each number of a gradient enters one sum, which one and with which sign being drawn
+    once: products of gradients are kept on the average.
+    """
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    rng = np.random.default_rng(0)
+    padded = -(-size // NUM_SUMS) * NUM_SUMS
+    places, signs = rng.permutation(padded), rng.choice([-1.0, 1.0], padded)
+    signs = jnp.asarray(signs, jnp.float32)
+
+    def of_part(params: Params, part: Batch) -> Array:
+        grads = per_example_gradients(apply, minus_margin(), params, None, part)
+        flat = jax.vmap(lambda grad: ravel_pytree(grad)[0])(grads)
+        filled = jnp.pad(-flat, ((0, 0), (0, padded - size)))
+        mixed = filled[:, places] * signs
+        return mixed.reshape(len(mixed), -1, NUM_SUMS).sum(axis=1)
+
+    def project(params: Params, pairs: Batch) -> Array:
+        found = jax.lax.map(lambda part: of_part(params, part), in_parts(pairs))
+        return found.reshape(-1, NUM_SUMS)
+
+    return jax.jit(project)
+
+
+def minus_margin() -> Loss:
+    """The objective whose gradient is that of the margin, with a minus."""
+
+    def function(chosen: Scores, rejected: Scores) -> Outcome:
+        return Outcome(rejected.log_ratio - chosen.log_ratio)
+
+    row = Objective(function, "d_rejected - d_chosen", "for its gradient alone")
+    return make_loss("minus_margin", {"minus_margin": row})
 
 
 def of_seed(setting: Setting, tools: Tools, seed: int) -> dict[str, Any]:
@@ -112,8 +151,10 @@ def of_seed(setting: Setting, tools: Tools, seed: int) -> dict[str, Any]:
         num_validation=NUM_VALIDATION,
         flipped=FLIPPED,
     )
-    start, num_pairs = setting.model.params, len(split.flipped)
-    order = shuffled(num_pairs, BATCH_SIZE, NUM_STEPS, seed)
+    start, order = (
+        setting.model.params,
+        shuffled(NUM_TRAIN, BATCH_SIZE, NUM_STEPS, seed),
+    )
 
     def tested(params: Params) -> float:
         return accuracy(margins(tools.apply, params, split.test))
@@ -121,120 +162,63 @@ def of_seed(setting: Setting, tools: Tools, seed: int) -> dict[str, Any]:
     def own(params: Params) -> np.ndarray:
         return -np.asarray(margins(tools.apply, params, split.train))
 
-    checkpoints, last = train_with_checkpoints(tools, start, split.train, order)
+    harm, last = trained_and_judged(tools, start, split, order)
     # What else can be done with the labels of the held-out pairs: as many steps.
-    known = len(split.validation.tokens)
-    clean = tools.train(
-        start, split.validation, shuffled(known, BATCH_SIZE, NUM_STEPS, seed)
-    )
-    rng = np.random.default_rng(seed)
-    scores = harm(tools, checkpoints, split) | {
+    others = shuffled(NUM_VALIDATION, BATCH_SIZE, NUM_STEPS, seed)
+    clean = tools.train(start, split.validation, others)
+    scores = {
+        "influence": harm,
         "own loss": own(last),
         "own loss under a model of the held-out pairs": own(clean),
-        "random": rng.random(num_pairs),
+        "random": np.random.default_rng(seed).random(NUM_TRAIN),
     }
-    found = {"all": tested(last), "held-out pairs alone": tested(clean)}
-    of_scores = {
-        name: {
+    of_scores = {}
+    for name, score in scores.items():
+        left = tools.train(start, without(split.train, worst(score)), order)
+        of_scores[name] = {
             "auc": auc(score, split.flipped),
             "hits": float(split.flipped[worst(score)].mean()),
+            "accuracy": tested(left),
         }
-        for name, score in scores.items()
-    }
-    print(json.dumps({"seed": seed} | found | of_scores), flush=True)
-    for name, score in scores.items():
-        left = without(split.train, worst(score))
-        of_scores[name]["accuracy"] = tested(tools.train(start, left, order))
-    print(json.dumps({"seed": seed} | of_scores), flush=True)
-    return found | {"scores": of_scores}
+    found = {"all": tested(last), "clean": tested(clean), "scores": of_scores}
+    print(json.dumps({"seed": seed} | found), flush=True)
+    return found
 
 
-def make_run_optimizer() -> optax.GradientTransformation:
-    """The embedded task's."""
-    schedule = make_schedule(
-        "linear", learning_rate=LEARNING_RATE, num_steps=NUM_STEPS, warmup_steps=0
-    )
-    return make_optimizer("adamw", schedule, beta2=0.99)
+def trained_and_judged(
+    tools: Tools, start: Params, split: Split, order: np.ndarray
+) -> tuple[np.ndarray, Params]:
+    """How much each training pair harms, and the parameters after the run."""
+    state, harms, first = init_state(start, tools.optimizer), [], 0
+    for steps in PARTS:
+        if steps:
+            state = tools.training(state, split.train, order[first : first + steps])
+        first += steps
+        harm = -influence(
+            tools.project(state.params, split.train),
+            tools.project(state.params, split.validation),
+            margins(tools.apply, state.params, split.train),
+        )
+        harms.append(harm / harm.std())
+    state = tools.training(state, split.train, order[first:])
+    return np.sum(harms, axis=0), state.params
 
 
-def train_with_checkpoints(
-    tools: Tools, start: Params, pairs: Batch, order: np.ndarray
-) -> tuple[list[Checkpoint], Params]:
-    """A run that is looked at in the middle of each of its parts."""
-    state = init_state(start, tools.optimizer)
-    checkpoints, half = [], NUM_STEPS // NUM_CHECKPOINTS // 2
-    for first in range(0, NUM_STEPS, 2 * half):
-        state = tools.training(state, pairs, order[first : first + half])
-        rate = LEARNING_RATE * (1 - int(state.step) / NUM_STEPS) * 2 * half
-        checkpoints.append(Checkpoint(state.params, adam_scale(state), rate))
-        state = tools.training(state, pairs, order[first + half : first + 2 * half])
-    return checkpoints, state.params
+def influence(train: Array, held_out: Array, margin: Array) -> np.ndarray:
+    """Of each training pair on the mean margin of the held-out ones ``[pairs]``.
 
+    With ``(Phi^T Phi + d)^-1 Phi^T = Phi^T (Phi Phi^T + d)^-1`` the matrix has a row
+    for each pair, not for each sum.
 
-def adam_scale(state: TrainState) -> Params:
-    """What Adam divides by at this step."""
-    nu = optax.tree.get(state.opt_state, "nu")
-    debias = 1 - 0.99 ** state.step.astype(jnp.float32)
-    return jax.tree.map(lambda square: jnp.sqrt(square / debias) + 1e-8, nu)
-
-
-def harm(
-    tools: Tools, checkpoints: list[Checkpoint], split: Split
-) -> dict[str, np.ndarray]:
-    """How much the steps of each training pair raised the held-out loss, twice."""
-    found = np.zeros((2, len(split.flipped)))
-    for params, scale, rate in checkpoints:
-        by_held_out = tools.mean_gradient(params, split.validation)
-        adam = jax.tree.map(jnp.divide, by_held_out, scale)
-        directions = jax.tree.map(lambda *both: jnp.stack(both), adam, by_held_out)
-        found -= rate * np.asarray(tools.products(params, split.train, directions)).T
-    return {"influence": found[0], "influence, without Adam's metric": found[1]}
-
-
-def make_products(apply: Apply, loss: Loss) -> Callable[..., Array]:
-    """Builds ``(params, pairs, directions) -> [pairs, directions]``.
-
-    Products of each pair's own gradient with each of some directions.
+    Args:
+      train: projected gradients of the training pairs' margins ``[pairs, sums]``.
+      held_out: those of the held-out pairs, likewise.
+      margin: of the training pairs ``[pairs]``, nats.
     """
-
-    def products(params: Params, pairs: Batch, directions: Params) -> Array:
-        def of_part(part: Batch) -> Array:
-            grads = per_example_gradients(apply, loss, params, None, part)
-            return sum(
-                jnp.tensordot(
-                    grad.reshape(len(grad), -1), way.reshape(len(way), -1), (1, 1)
-                )
-                for grad, way in zip(
-                    jax.tree.leaves(grads), jax.tree.leaves(directions), strict=True
-                )
-            )
-
-        found = jax.lax.map(of_part, in_parts(pairs))
-        return found.reshape(-1, found.shape[-1])
-
-    return jax.jit(products)
-
-
-def make_mean_gradient(apply: Apply, loss: Loss) -> Callable[..., Params]:
-    """Builds ``(params, pairs) -> gradient of their mean loss``."""
-
-    def mean_gradient(params: Params, pairs: Batch) -> Params:
-        def of_part(total: Params, part: Batch) -> tuple[Params, None]:
-            grads = per_example_gradients(apply, loss, params, None, part)
-            return jax.tree.map(lambda t, g: t + jnp.sum(g, axis=0), total, grads), None
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        total = jax.lax.scan(of_part, zeros, in_parts(pairs))[0]
-        return optax.tree.scale(1 / len(pairs.tokens), total)
-
-    return jax.jit(mean_gradient)
-
-
-def in_parts(pairs: Batch) -> Batch:
-    """``[pairs, ...]`` to ``[parts, AT_ONCE, ...]``; the number must divide."""
-    return jax.tree.map(
-        lambda array: jnp.asarray(array).reshape(-1, AT_ONCE, *array.shape[1:]), pairs
-    )
+    products = train @ train.T
+    damping = DAMPING * jnp.trace(products) / len(train) * jnp.eye(len(train))
+    solved = jnp.linalg.solve(products + damping, train @ jnp.mean(held_out, axis=0))
+    return np.asarray(jax.nn.sigmoid(-BETA * margin) * solved)
 
 
 def worst(score: np.ndarray) -> np.ndarray:
@@ -273,7 +257,7 @@ def tables(results: list[dict[str, Any]]) -> str:
                 mean_and_error(changes, 4),
             ]
         )
-    for name in ("all", "held-out pairs alone"):
+    for name in ("all", "clean"):
         rows.append([name, "", "", mean_and_error([r[name] for r in results]), ""])
     head = ["score", "AUC", "flipped of those left out", "accuracy without", "change"]
     return markdown(head, rows)

@@ -26,17 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from influence import in_parts, make_run_optimizer
 from jax import Array
 from setting import (
     Setting,
     Training,
+    in_parts,
     load_setting,
+    make_run_optimizer,
     make_split,
     make_training,
     markdown,
     mean_and_error,
     shuffled,
+    take,
 )
 
 from dpojax.batch import Batch
@@ -45,8 +47,8 @@ from dpojax.measure import Apply, Params
 from dpojax.per_example import per_example_gradients
 from dpojax.train_step import init_state
 
-NUM_TRAIN, BATCH_SIZE = 1_024, 16
-LOOKS = (0, 16, 64, 128)  # after so many steps
+NUM_TRAIN, NUM_MEASURED, BATCH_SIZE = 896, 512, 16
+LOOKS = (0, 14, 56, 112)  # after so many steps
 
 
 class Noise(NamedTuple):
@@ -70,7 +72,7 @@ def main(output: Path, seeds: int = 3) -> None:
     """
     setting = load_setting(output)
     apply, loss = setting.model.model.apply, make_loss("dpo")
-    optimizer = make_run_optimizer()
+    optimizer = make_run_optimizer(LOOKS[-1])
     tools = optimizer, make_training(apply, loss, optimizer), make_noise(apply, loss)
     rows = []
     for flipped in (0.0, 0.2):
@@ -98,15 +100,14 @@ def along_run(
     seed: int,
     flipped: float,
 ) -> list[Noise]:
-    """The noise at each of `LOOKS`, of the pairs that the run learns from."""
-    split = make_split(
-        setting, seed, num_train=NUM_TRAIN, num_validation=0, flipped=flipped
-    )
+    """The noise at each of `LOOKS`, of some of the pairs that the run learns from."""
+    split = make_split(setting, seed, num_train=NUM_TRAIN, flipped=flipped)
+    measured = take(split.train, slice(NUM_MEASURED))
     order = shuffled(NUM_TRAIN, BATCH_SIZE, LOOKS[-1], seed)
     state, noises = init_state(setting.model.params, optimizer), []
     for first, last in zip((0, *LOOKS), LOOKS, strict=False):
         state = training(state, split.train, order[first:last])
-        noises.append(noise(state.params, split.train))
+        noises.append(noise(state.params, measured))
     return jax.device_get(noises)
 
 

@@ -51,7 +51,7 @@ EPSILONS = (8.0, 2.0, 0.5)
 PrivateTraining = Callable[..., Params]
 
 
-def main(output: Path, seeds: int = 3) -> None:
+def main(output: Path, seeds: int = 2) -> None:
     """Prints held-out accuracy by epsilon.
 
     Args:
@@ -77,7 +77,7 @@ def of_seed(
     setting: Setting, training: PrivateTraining, seed: int, clip: float, noise: float
 ) -> float:
     """Held-out accuracy after a run."""
-    split = make_split(setting, seed, num_train=NUM_TRAIN, num_validation=0)
+    split = make_split(setting, seed, num_train=NUM_TRAIN, clear=False)
     num_pairs = len(split.flipped)
     order = poisson(num_pairs, MEAN_BATCH / num_pairs, NUM_STEPS, seed)
     key = jax.random.key(seed)

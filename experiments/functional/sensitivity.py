@@ -46,7 +46,7 @@ from dpojax.measure import Apply, Params, make_measure
 from dpojax.train_step import init_state
 
 BETA, STEP_OF_BETA = 0.1, 0.002
-NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE = 1_024, 128, 16
+NUM_TRAIN, NUM_VALIDATION, BATCH_SIZE = 896, 128, 16
 LENGTHS = (1, 8, 32)  # steps of a run
 Optimizer = optax.GradientTransformation
 
@@ -64,7 +64,7 @@ class Sensitivity(NamedTuple):
         return self.by_formula + self.by_training
 
 
-def main(output: Path, seeds: int = 3) -> None:
+def main(output: Path, seeds: int = 2) -> None:
     """Prints derivatives after runs of several lengths, beside finite differences.
 
     Args:
@@ -159,7 +159,7 @@ def sensitivity(
     params, tangent = jax.jvp(run, (beta,), (jnp.ones_like(beta),))
     take = jax.value_and_grad(partial(held_out_loss, apply, held_out), (0, 1))
     loss, (by_params, by_formula) = take(params, beta)
-    return Sensitivity(loss, by_formula, optax.tree.vdot(by_params, tangent))
+    return Sensitivity(loss, by_formula, vdot(by_params, tangent))
 
 
 def finite_difference(
@@ -186,6 +186,11 @@ def loss_after(
     """The held-out loss after a run."""
     params = trained(apply, optimizer, start, pairs, order, beta)
     return held_out_loss(apply, held_out, params, beta)
+
+
+def vdot(one: Params, other: Params) -> Array:
+    """The product of two trees."""
+    return jnp.asarray(optax.tree.vdot(one, other))
 
 
 def held_out_loss(

@@ -27,6 +27,7 @@ from dpojax.examples import load_examples
 from dpojax.loading import Loaded, load_model
 from dpojax.losses.make import Loss, make_loss
 from dpojax.measure import Apply, Params, make_measure
+from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.placing import Keeping
 from dpojax.sentiment import MAX_LENGTH, make_task
 from dpojax.sharding import make_mesh
@@ -34,6 +35,7 @@ from dpojax.train_step import TrainState, make_train_step
 from dpojax.whole_files import write_json_lines
 
 PAIRS_OF_OPENING = 2
+LEARNING_RATE = 7e-4
 AT_ONCE = 64  # rows of a forward pass, and per-example gradients in memory
 
 
@@ -47,6 +49,7 @@ class Setting(NamedTuple):
     model: Loaded
     pairs: Batch  # NumPy arrays, one pair a row
     opening: np.ndarray  # [pairs]: the number of each pair's opening
+    is_clear: np.ndarray  # [pairs]: whether it is an opening's best against its worst
 
 
 class Split(NamedTuple):
@@ -90,10 +93,10 @@ def pairs_of(ranking: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def make_setting(model: Loaded, pairs: Path) -> Setting:
+def make_setting(model: Loaded, file: Path) -> Setting:
     """Lays a file of pairs out, and adds what the model as reference says of them."""
     examples = load_examples(
-        [str(pairs)],
+        [str(file)],
         make_loss("dpo"),
         model.tokenizer,
         split="train",
@@ -105,7 +108,10 @@ def make_setting(model: Loaded, pairs: Path) -> Setting:
     known = log_probs(model.model.apply, model.params, batch)
     prompts = [example.prompt.tobytes() for example in examples]
     opening = np.unique(prompts, return_inverse=True)[1]
-    return Setting(model, batch._replace(reference=np.asarray(known)[:, None]), opening)
+    # They stand together, and the first is the best against the worst.
+    is_clear = np.append(True, opening[1:] != opening[:-1])
+    pairs = batch._replace(reference=np.asarray(known)[:, None])
+    return Setting(model, pairs, opening, is_clear)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -164,8 +170,9 @@ def make_split(
     seed: int,
     *,
     num_train: int,
-    num_validation: int,
+    num_validation: int = 0,
     flipped: float = 0.0,
+    clear: bool = True,
     openings: np.ndarray | None = None,
 ) -> Split:
     """Divides pairs by their openings; what is left over is for tests.
@@ -176,25 +183,27 @@ def make_split(
       num_train: pairs to train on.
       num_validation: pairs with right labels to estimate from.
       flipped: share of the training pairs whose labels are wrong.
+      clear: whether both of these are the best against the worst only; tests are not.
       openings: those to use; None: all.
     """
     rng = np.random.default_rng(seed)
     used = np.unique(setting.opening) if openings is None else openings
-    place = np.full(setting.opening.max() + 1, -1)
-    place[rng.permutation(used)] = np.arange(len(used))
-    rows = np.argsort(place[setting.opening], kind="stable")
-    rows = rows[place[setting.opening[rows]] >= 0]
+    number = np.full(setting.opening.max() + 1, -1)
+    number[rng.permutation(used)] = np.arange(len(used))
+    place = number[setting.opening]
+    rows = np.argsort(place, kind="stable")
+    rows = rows[place[rows] >= 0]
+    usable = rows[setting.is_clear[rows]] if clear else rows
+    train, later = usable[:num_train], usable[num_train:]
     # An opening that a cut would divide goes to neither side.
-    first, second = num_train, num_train + num_validation
-    parts = [rows[:first], rows[first:second], rows[second:]]
-    for before, after in ((0, 1), (1, 2)):
-        if len(parts[before]):
-            last = setting.opening[parts[before][-1]]
-            parts[after] = parts[after][setting.opening[parts[after]] != last]
-    wrong = np.zeros(len(parts[0]), bool)
-    wrong[rng.permutation(len(wrong))[: round(flipped * len(wrong))]] = True
-    train, validation, test = (take(setting.pairs, part) for part in parts)
-    return Split(flip(train, wrong), validation, test, wrong)
+    validation = later[place[later] > place[train[-1]]][:num_validation]
+    last = np.concatenate([train, validation])[-1]
+    test = rows[place[rows] > place[last]]
+    wrong = np.zeros(num_train, bool)
+    wrong[rng.permutation(num_train)[: round(flipped * num_train)]] = True
+    parts = (take(setting.pairs, part) for part in (train, validation, test))
+    right, validation, test = parts
+    return Split(flip(right, wrong), validation, test, wrong)
 
 
 def shuffled(num_pairs: int, batch_size: int, num_steps: int, seed: int) -> np.ndarray:
@@ -223,6 +232,21 @@ def make_training(
         return jax.lax.scan(one, state, jnp.asarray(order))[0]
 
     return jax.jit(training)
+
+
+def make_run_optimizer(num_steps: int) -> optax.GradientTransformation:
+    """The embedded task's, whose learning rate falls to 0 on a line."""
+    schedule = make_schedule(
+        "linear", learning_rate=LEARNING_RATE, num_steps=num_steps, warmup_steps=0
+    )
+    return make_optimizer("adamw", schedule, beta2=0.99)
+
+
+def in_parts(pairs: Batch) -> Batch:
+    """``[pairs, ...]`` to ``[parts, AT_ONCE, ...]``; the number must divide."""
+    return jax.tree.map(
+        lambda array: jnp.asarray(array).reshape(-1, AT_ONCE, *array.shape[1:]), pairs
+    )
 
 
 def mean_and_error(values: Any, digits: int = 3) -> str:
