@@ -58,18 +58,17 @@ TERMS: dict[str, Callable[[Array], Array]] = {
 }
 DPO = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
 # Of the outer problem: openings that no comparison uses.
-NUM_OPENINGS, INNER_TRAIN, INNER_VALIDATION, INNER_STEPS = 600, 384, 128, 24
-OUTER_STEPS, OUTER_RATE = 12, 0.15
+NUM_OPENINGS, INNER_TRAIN, INNER_VALIDATION, INNER_STEPS = 600, 256, 128, 16
+OUTER_STEPS, OUTER_RATE = 8, 0.2
 # Of the comparison.
 NUM_TRAIN, NUM_STEPS = 512, 64
 OTHERS = {
     "dpo": make_loss("dpo"),
-    "dpo, label_smoothing 0.2": make_loss("dpo", label_smoothing=0.2),
     "robust_dpo, label_smoothing 0.2": make_loss("robust_dpo", label_smoothing=0.2),
 }
 
 
-def main(output: Path, seeds: int = 6) -> None:
+def main(output: Path, seeds: int = 4) -> None:
     """Learns the coefficients, then compares the loss on other openings.
 
     Args:
