@@ -15,8 +15,7 @@ al. 2023, arXiv:2303.14186, eq. 13-17):
 
 phi(z) is the projected gradient of the margin of z, Phi has those of the n training
 pairs, g is the mean of those of the held-out ones, and ``p = sigmoid(-beta margin)`` is
-how much dpo still wants of z. It is averaged over checkpoints of one run, its start
-among them, each in units of its standard deviation.
+how much dpo still wants of z. All are taken where the run starts: before it.
 """
 
 import json
@@ -34,7 +33,6 @@ from jax.flatten_util import ravel_pytree
 from scipy.stats import mannwhitneyu
 from setting import (
     Setting,
-    Split,
     Training,
     accuracy,
     in_parts,
@@ -58,8 +56,7 @@ from dpojax.train_step import init_state
 
 NUM_TRAIN, NUM_VALIDATION, FLIPPED = 896, 256, 0.2
 BATCH_SIZE, BETA = 16, 0.1
-PARTS = (0, 28, 56)  # steps of each part of a run; after it there is a checkpoint
-NUM_STEPS = 112
+NUM_STEPS = 56
 NUM_SUMS = 8_192  # numbers that a gradient is projected to
 DAMPING = 1.0  # in units of the mean eigenvalue of Phi Phi^T / n
 REMOVED = 0.05
@@ -162,7 +159,12 @@ def of_seed(setting: Setting, tools: Tools, seed: int) -> dict[str, Any]:
     def own(params: Params) -> np.ndarray:
         return -np.asarray(margins(tools.apply, params, split.train))
 
-    harm, last = trained_and_judged(tools, start, split, order)
+    harm = -influence(
+        tools.project(start, split.train),
+        tools.project(start, split.validation),
+        margins(tools.apply, start, split.train),
+    )
+    last = tools.train(start, split.train, order)
     # What else can be done with the labels of the held-out pairs: as many steps.
     others = shuffled(NUM_VALIDATION, BATCH_SIZE, NUM_STEPS, seed)
     clean = tools.train(start, split.validation, others)
@@ -183,25 +185,6 @@ def of_seed(setting: Setting, tools: Tools, seed: int) -> dict[str, Any]:
     found = {"all": tested(last), "clean": tested(clean), "scores": of_scores}
     print(json.dumps({"seed": seed} | found), flush=True)
     return found
-
-
-def trained_and_judged(
-    tools: Tools, start: Params, split: Split, order: np.ndarray
-) -> tuple[np.ndarray, Params]:
-    """How much each training pair harms, and the parameters after the run."""
-    state, harms, first = init_state(start, tools.optimizer), [], 0
-    for steps in PARTS:
-        if steps:
-            state = tools.training(state, split.train, order[first : first + steps])
-        first += steps
-        harm = -influence(
-            tools.project(state.params, split.train),
-            tools.project(state.params, split.validation),
-            margins(tools.apply, state.params, split.train),
-        )
-        harms.append(harm / harm.std())
-    state = tools.training(state, split.train, order[first:])
-    return np.sum(harms, axis=0), state.params
 
 
 def influence(train: Array, held_out: Array, margin: Array) -> np.ndarray:
