@@ -43,9 +43,9 @@ from dpojax.losses.make import Loss, make_loss
 from dpojax.measure import Apply, Params
 from dpojax.per_example import per_example_gradients
 
-NUM_TRAIN, MEAN_BATCH, NUM_STEPS = 2_048, 32, 64
+NUM_TRAIN, MEAN_BATCH, NUM_STEPS = 2_048, 32, 32
 CLIP, NO_CLIP, LEARNING_RATE, DELTA = 1.0, 1e9, 7e-4, 1e-5
-EPSILONS = (8.0, 2.0, 0.5)
+EPSILONS = (8.0, 1.0)
 
 # (clip, noise multiplier, key, start, pairs, order) -> parameters, jitted
 PrivateTraining = Callable[..., Params]
