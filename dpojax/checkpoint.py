@@ -39,7 +39,7 @@ def find_newest(directory: Path) -> Newest:
       ValueError: if there are checkpoints, but none is whole.
     """
     whole, damaged = None, {}
-    for step in sorted(_steps_in(directory), reverse=True):
+    for step in sorted(steps_in(directory), reverse=True):
         hashed_below = float("inf") if whole is None else _SMALL
         damage = find_damage(directory / str(step), hashed_below)
         if damage is not None:
@@ -60,7 +60,7 @@ def check_whole(directory: Path, step: int) -> None:
     Raises:
       ValueError: if it is not there, or damaged.
     """
-    _check_step(step, sorted(_steps_in(directory)), directory)
+    _check_step(step, sorted(steps_in(directory)), directory)
     damage = find_damage(directory / str(step))
     if damage is not None:
         raise ValueError(
@@ -95,7 +95,8 @@ def _check_step(step: int, steps: list[int], directory: Path) -> None:
         )
 
 
-def _steps_in(directory: Path) -> list[int]:
+def steps_in(directory: Path) -> list[int]:
+    """The steps that a directory has checkpoints of, whole or not."""
     names = (path.name for path in directory.glob("*"))
     return [int(name) for name in names if name.isdecimal()]
 

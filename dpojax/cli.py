@@ -20,6 +20,7 @@ from dpojax.command_config import (
     ReferenceConfig,
     ReportConfig,
     ScoreConfig,
+    SweepConfig,
     WatchConfig,
 )
 from dpojax.config import TrainConfig
@@ -51,14 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: list[str]) -> tuple[Any, bool]:
     """The settings of a command, and whether they are only to be printed."""
     train, print_config = TrainConfig(), False
-    if arguments[:1] in (["train"], ["reference"], ["plan"]):
+    if arguments[:1] in (["train"], ["reference"], ["plan"], ["sweep"]):
         train, arguments, print_config = _take_origin(arguments)
     ahead = ReferenceConfig(**vars(train))
     planned = PlanConfig(**vars(train))
+    swept = SweepConfig(**vars(train))
     commands = (
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=train)]
         | Annotated[ReferenceConfig, tyro.conf.subcommand("reference", default=ahead)]
         | Annotated[PlanConfig, tyro.conf.subcommand("plan", default=planned)]
+        | Annotated[SweepConfig, tyro.conf.subcommand("sweep", default=swept)]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
@@ -93,6 +96,7 @@ def _dispatch(arguments: list[str]) -> None:
     from dpojax.sampling import generate
     from dpojax.scoring import score
     from dpojax.sentiment import run_sentiment
+    from dpojax.sweep.command import sweep
 
     use_compilation_cache()
     match config:
@@ -101,6 +105,8 @@ def _dispatch(arguments: list[str]) -> None:
             bench(config)
         case PlanConfig():
             plan(config)
+        case SweepConfig():
+            sweep(config)
         case ReferenceConfig():
             reference(config)
         case TrainConfig(model=None, data=()):

@@ -64,6 +64,24 @@ class ReferenceConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepConfig(TrainConfig):
+    """Train many runs at once: a grid of settings, and the flags of train for the rest.
+
+    Runs that differ in their loss, its settings, the learning rate or the seed share a
+    compiled program; others get their own. OUTPUT/0, OUTPUT/1, … are run directories.
+    """
+
+    over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A setting and its values: loss.beta=0.1,0.5; given again, all combinations."""
+    seeds: int = 1
+    """Seeds of each combination, from `seed` on."""
+    parallel: int | None = None
+    """Runs trained at one time. Default: as many of a seed as fit the memory."""
+    search: Literal["all", "halving"] = "all"
+    """Train all to the end; or keep the better half at rungs, until one program's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossesConfig:
     """Print the table of objectives."""
 
@@ -179,7 +197,7 @@ class ReportConfig:
     """Write runs as one HTML page with plots, which needs no network."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="run")]
-    """Run directories, finished or not; they are laid side by side."""
+    """Run directories or those of sweeps, finished or not, laid side by side."""
     output: str | None = None
     """File to write, in place of an older one. Default: report.html in the first."""
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax import metrics
+from dpojax.batch import Batch
 from dpojax.completions import Settle
 from dpojax.data.loader import packed_batches
 from dpojax.data.packing import Example, as_batch, bucket_length
@@ -40,6 +42,14 @@ class Evaluation(NamedTuple):
     figures: dict[str, list[float]]  # of each of the first examples, in their order
 
 
+class Assessed(NamedTuple):
+    """What evaluation steps say of all examples, still on the devices."""
+
+    total: metrics.Sums
+    kept: list[tuple[Rows, metrics.Sums]]  # figures of the first examples, by batch
+    num_examples: int
+
+
 def evaluate(
     step: EvalStep,
     params: Params,
@@ -50,17 +60,38 @@ def evaluate(
     placement: Placement,
 ) -> Evaluation:
     """The metrics of all examples, and the first `NUM_KEPT` ones' own figures."""
+    of_batch = partial(step, params, reference)
+    assessed = assess_all(
+        of_batch, examples, batch_size=batch_size, placement=placement
+    )
+    return conclude(assessed)
+
+
+def assess_all(
+    step: Callable[[Batch], tuple[metrics.Sums, metrics.Sums]],
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    placement: Placement,
+) -> Assessed:
+    """Takes a step of each batch of all examples."""
     total: metrics.Sums | None = None
     kept: list[tuple[Rows, metrics.Sums]] = []
     with track("Evaluating", total=-(-len(examples) // batch_size)) as advance:
         for rows, batch in packed_batches(examples, batch_size, placement.num_shards):
-            sums, figures = step(params, reference, placement.put(batch))
+            sums, figures = step(placement.put(batch))
             total = sums if total is None else metrics.add(total, sums)
             if any(place < NUM_KEPT for row in rows for place in row):
                 kept.append((rows, figures))
             advance("")
     assert total is not None
-    return Evaluation(metrics.summarize(total), _in_order(kept, len(examples)))
+    return Assessed(total, kept, len(examples))
+
+
+def conclude(assessed: Assessed) -> Evaluation:
+    """Divides the sums, and puts the figures into the order of the examples."""
+    total, kept, num_examples = assessed
+    return Evaluation(metrics.summarize(total), _in_order(kept, num_examples))
 
 
 def _in_order(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from dpojax.batch import Batch
 from dpojax.gradient import (
     Running,
+    as_judge,
     denominators,
     join_rows,
     judge,
@@ -84,7 +85,9 @@ def make_examine(
     def measure_trained(trained: Params, others: tuple, batch: Batch) -> Measured:
         return measure(*roles(trained, *others), batch)
 
-    take = make_gradient(measure_trained, loss, num_microbatches, aux_loss_coefficient)
+    take = make_gradient(
+        measure_trained, as_judge(loss), num_microbatches, aux_loss_coefficient
+    )
 
     def by_parts(function: Callable[[Batch], Any], batch: Batch) -> Any:
         """A function of rows, taken of as many at one time as the step takes."""

@@ -6,6 +6,7 @@ neither models nor settings; it is given a function that compiles a step.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def choose(
     """
     needs: dict[Way, float] = {}
     for way in tried:
-        needs[way] = _needed(compile_step, way)
+        needs[way] = needed(partial(compile_step, way))
         if needs[way] <= SHARE * limit:
             return Fitting(way, needs, limit)
     least = min(needs, key=lambda way: needs[way])
@@ -124,9 +125,14 @@ def device_memory(limit: float | None) -> float:
     return float(np.min(multihost_utils.process_allgather(np.float32(own))))
 
 
-def _needed(compile_step: Callable[[Way], jax.stages.Compiled], way: Way) -> float:
+def needed(compile_step: Callable[[], jax.stages.Compiled]) -> float:
+    """Bytes of a device that a program takes; infinite beyond the compiler's limit.
+
+    Raises:
+      ValueError: where the compiler does not say.
+    """
     try:
-        found = compile_step(way).memory_analysis()
+        found = compile_step().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return math.inf  # more than the compiler's own limit

@@ -5,6 +5,7 @@ result does not depend on how the batch was split. This file knows no optimiser.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float
 
 from dpojax.batch import Batch
 from dpojax.losses.make import Loss
+from dpojax.losses.objective import Need
+from dpojax.losses.scores import Scores
 from dpojax.measure import Measured, Params
 from dpojax.metrics import Sums
 from dpojax.outcome_metrics import outcome_sums, token_metric_sums
@@ -36,6 +39,22 @@ def denominators(batch: Batch) -> Denominators:
     return Denominators(jnp.maximum(jnp.sum(weight), tiny), jnp.maximum(tokens, tiny))
 
 
+class Judge(NamedTuple):
+    """An objective as a step sees it: of a batch's numbers, a loss and metrics."""
+
+    needs: frozenset[Need]
+    batchwise: bool  # whether an example's loss depends on the others of its batch
+    # (measured, batch, running, denominators) -> loss, already divided, and metrics
+    judge: Callable[[Measured, Batch, Running, Denominators], tuple[Array, Sums]]
+    # (running, scores) -> running, after a batch was seen
+    update_running: Callable[[Running, Scores], Running]
+
+
+def as_judge(loss: Loss) -> Judge:
+    """One objective, always the same."""
+    return Judge(loss.needs, loss.batchwise, partial(judge, loss), loss.update_running)
+
+
 def judge(
     loss: Loss, measured: Measured, batch: Batch, running: Running, by: Denominators
 ) -> tuple[Array, Sums]:
@@ -55,13 +74,13 @@ def judge(
 
 
 def make_gradient(
-    measure: Callable, loss: Loss, num_parts: int, aux_loss_coefficient: float
+    measure: Callable, objective: Judge, num_parts: int, aux_loss_coefficient: float
 ) -> Callable[..., Any]:
     """Builds ``(params, others, batch, running) -> (gradient, sums, running)``.
 
     Args:
       measure: takes the first three; the gradient is by the first.
-      loss: the objective.
+      objective: what the numbers are worth.
       num_parts: parts into which the rows are split, one after another.
       aux_loss_coefficient: how much the load-balancing loss of routers counts.
     """
@@ -70,8 +89,8 @@ def make_gradient(
         measured: Measured, batch: Batch, running: Running, by: Denominators
     ) -> tuple[Array, tuple[Sums, Running]]:
         constant = jax.lax.stop_gradient(measured.scores)
-        running = loss.update_running(running, constant)
-        value, sums = judge(loss, measured, batch, running, by)
+        running = objective.update_running(running, constant)
+        value, sums = objective.judge(measured, batch, running, by)
         if aux_loss_coefficient != 0:
             if measured.routing is None:
                 raise ValueError(
@@ -130,7 +149,7 @@ def make_gradient(
 
     if num_parts == 1:
         return whole
-    whole_batch = loss.batchwise or aux_loss_coefficient != 0
+    whole_batch = objective.batchwise or aux_loss_coefficient != 0
     return through_scores if whole_batch else part_by_part
 
 

@@ -15,6 +15,9 @@ from dpojax.reference import Params
 from dpojax.run_directory import write_samples
 from dpojax.sharding import Placement
 
+# (run directory, step, seed, params, reference) -> what was measured of the samples
+Sampled = Callable[[Path, int, int, Params, Params | None], dict[str, float]]
+
 
 def make_sample_writer(
     config: TrainConfig,
@@ -22,12 +25,11 @@ def make_sample_writer(
     loaded: Loaded,
     test: Sequence[Example],
     placement: Placement,
-    directory: Path,
-) -> Callable[[Params, Params | None, int], dict[str, float]]:
+) -> Sampled:
     """A function that continues the same held-out prompts, writes them and measures."""
     prompts = [example.prompt.tolist() for example in test[: config.sample_prompts]]
     if not prompts or "reward_head" in loss.needs:
-        return lambda params, reference, step: {}
+        return lambda *_: {}
     sampler = make_sampler(
         loaded,
         num_new=config.sample_tokens,
@@ -39,9 +41,13 @@ def make_sample_writer(
     )
 
     def sampled(
-        params: Params, reference: Params | None, step: int
+        directory: Path,
+        step: int,
+        seed: int,
+        params: Params,
+        reference: Params | None,
     ) -> dict[str, float]:
-        completions = sampler(params, prompts, config.seed)
+        completions = sampler(params, prompts, seed)
         write_samples(directory, step, prompts, completions, loaded.tokenizer)
         values = sample_metrics(completions, loaded.eos_token)
         if reference is not None:

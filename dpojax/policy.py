@@ -5,6 +5,7 @@ and the reference is their base, which exists once. This file knows no loop.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from dpojax.placing import (
     Keeping,
     default_remat,
     donatable,
+    make_adapters,
     make_kept_model,
 )
 from dpojax.prepare import make_new_adapters
@@ -39,6 +41,7 @@ class Policy(NamedTuple):
     roles: Roles  # both, to the parameters of policy and reference
     reference: Params | None
     whole: Callable[[Params], Params]  # what is trained, to the policy's parameters
+    evaluated: Roles = all_weights  # as `roles`, without dropout
 
 
 def load_policy(config: TrainConfig, loss: Loss, mesh: Mesh) -> Loaded:
@@ -119,7 +122,19 @@ def make_policy(config: TrainConfig, loss: Loss, loaded: Loaded, mesh: Mesh) -> 
         make_roles(lora, config.seed),
         frozen.reference if needed else None,
         partial(graft, base),
+        make_roles(replace(lora, dropout=0.0)),
     )
+
+
+def of_seed(
+    policy: Policy, loaded: Loaded, config: TrainConfig, mesh: Mesh, seed: int
+) -> Policy:
+    """The same policy as another seed begins it: only new adapters are drawn."""
+    if config.lora.rank is None:
+        return policy
+    base, _ = split_adapters(loaded.params)
+    adapters = make_adapters(loaded.model, base, mesh, seed)
+    return policy._replace(trained=split_adapters(graft(base, adapters))[1])
 
 
 def default_learning_rate(loss: Loss, loaded: Loaded) -> float:

@@ -7,7 +7,7 @@ The second is a function of the first: a resumed run writes it anew from the lin
 it keeps. This file does not know what is measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dpojax.advice import Adviser
@@ -20,8 +20,22 @@ from dpojax.whole_files import write_json_lines
 class Recording:
     """Takes each line of metrics once. In all processes but the first only looks on."""
 
-    def __init__(self, directory: Path, keep_until: int, adviser: Adviser):
-        """Opens the files; what is after that step is dropped, since it comes again."""
+    def __init__(
+        self,
+        directory: Path,
+        keep_until: int,
+        adviser: Adviser,
+        tell: Callable[[str], None] = say,
+    ):
+        """Opens the files; what is after that step is dropped, since it comes again.
+
+        Args:
+          directory: of the run.
+          keep_until: that step.
+          adviser: finds the warnings.
+          tell: shows them.
+        """
+        self._tell = tell
         self._file = MetricsFile(directory / "metrics.jsonl", keep_until=keep_until)
         self._path = directory / "warnings.jsonl"
         self._adviser = adviser
@@ -36,7 +50,7 @@ class Recording:
             return
         new = self._adviser.read(step, split, values)
         for advice in new:
-            say(f"Warning at step {step}: {advice.text}")
+            self._tell(f"Warning at step {step}: {advice.text}")
         if new:
             self._warnings += new
             self._write_warnings()

@@ -16,11 +16,25 @@ from jaxtyping import Array, Bool, Int
 
 from dpojax import metrics
 from dpojax.batch import Batch
-from dpojax.gradient import Running, denominators, judge, make_gradient
+from dpojax.gradient import (
+    Judge,
+    Running,
+    as_judge,
+    denominators,
+    judge,
+    make_gradient,
+)
 from dpojax.guard import OnNan, choose, hold, is_finite
 from dpojax.log_probs import completion_kl
 from dpojax.losses.make import Loss
-from dpojax.measure import Apply, Measured, Params, TokenMetric, make_measure
+from dpojax.measure import (
+    Apply,
+    Measure,
+    Measured,
+    Params,
+    TokenMetric,
+    make_measure,
+)
 from dpojax.metrics import Sums
 from dpojax.outcome_metrics import example_figures
 from dpojax.reference import Movement
@@ -34,6 +48,10 @@ TrainStep = jax.stages.Wrapped
 EvalStep = Callable[..., tuple[Sums, Sums]]
 # (what is trained, what is frozen, step) -> parameters of policy and reference
 Roles = Callable[[Params, Any, Array], tuple[Params, Params | None]]
+# Brings the optimiser's state to the devices and back
+Around = Callable[
+    [optax.GradientTransformationExtraArgs], optax.GradientTransformationExtraArgs
+]
 
 
 class TrainState(NamedTuple):
@@ -46,6 +64,10 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     running: Running = {}  # statistics of losses that carry any, by their names
     moving: dict[str, Params] = {}  # the reference, where it follows the policy
+
+
+# (state, reference, batch) -> (state, sums), not jitted
+Update = Callable[[TrainState, Any, Batch], tuple[TrainState, Sums]]
 
 
 def init_state(
@@ -89,9 +111,7 @@ def make_train_step(
     roles: Roles = all_weights,
     aux_loss_coefficient: float = 0.0,
     on_nan: OnNan = "stop",
-    around: Callable[
-        [optax.GradientTransformationExtraArgs], optax.GradientTransformationExtraArgs
-    ] = lambda optimizer: optimizer,
+    around: Around = lambda optimizer: optimizer,
     state_shardings: Any = None,
     rows_sharding: Any = None,
 ) -> TrainStep:
@@ -108,6 +128,58 @@ def make_train_step(
       chunk_size: positions of each shard whose logits exist at one time.
       tile_size: tokens of the vocabulary whose logits do.
       spread: the mesh that rows and output matrix are divided over.
+      movement: see `make_update`, as for all up to `around`.
+      roles: likewise.
+      aux_loss_coefficient: likewise.
+      on_nan: likewise.
+      around: likewise.
+      state_shardings: see `jit_step`.
+      rows_sharding: likewise.
+
+    Returns:
+      What `jit_step` makes of `make_update`.
+    """
+    measure = make_measure(
+        apply,
+        loss.needs,
+        token_metrics=token_metrics,
+        chunk_size=chunk_size,
+        tile_size=tile_size,
+        spread=spread,
+    )
+    update = make_update(
+        measure,
+        as_judge(loss),
+        optimizer,
+        num_microbatches=num_microbatches,
+        movement=movement,
+        roles=roles,
+        aux_loss_coefficient=aux_loss_coefficient,
+        on_nan=on_nan,
+        around=around,
+    )
+    return jit_step(update, state_shardings, rows_sharding)
+
+
+def make_update(
+    measure: Measure,
+    objective: Judge,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_microbatches: int = 1,
+    movement: Movement | None = None,
+    roles: Roles = all_weights,
+    aux_loss_coefficient: float = 0.0,
+    on_nan: OnNan = "stop",
+    around: Around = lambda optimizer: optimizer,
+) -> Update:
+    """Builds a step that is not jitted, so that it can be mapped over many states.
+
+    Args:
+      measure: the model's numbers of a batch.
+      objective: what these are worth.
+      optimizer: its update ends in the change of the parameters.
+      num_microbatches: see `make_train_step`.
       movement: how the reference follows the policy; the step's own argument is None
         then, since the state holds it.
       roles: how what is trained and what is frozen make the policy and the reference;
@@ -123,36 +195,25 @@ def make_train_step(
         step saw. The optimiser's statistics are no numbers then.
       around: brings the optimiser's state to the devices and back, see
         `dpojax.offloading.fetch_state`.
-      state_shardings: a sharding for each array of the state. Given, the compiler
-        cannot move an array between steps and compile again for the next.
-      rows_sharding: the sharding of a batch.
 
     Returns:
-      ``train_step(state, reference, batch) -> (state, sums)``. The state is donated;
-      the reference, parameters or None or what `roles` takes, never is. Gradients are
-      of the mean loss over the whole batch; ``grad_norm``: their norm before clipping.
-      Where the model has experts, ``aux_loss`` is their routers' load-balancing loss
-      over the real tokens of the batch, whether it counts or not; ``loss`` is without.
+      ``update(state, reference, batch) -> (state, sums)``; the reference is parameters
+      or None or what `roles` takes. Gradients are of the mean loss over the whole
+      batch; ``grad_norm``: their norm before clipping. Where the model has experts,
+      ``aux_loss`` is their routers' load-balancing loss over the real tokens of the
+      batch, whether it counts or not; ``loss`` is without.
     """
-    measure = make_measure(
-        apply,
-        loss.needs,
-        token_metrics=token_metrics,
-        chunk_size=chunk_size,
-        tile_size=tile_size,
-        spread=spread,
-    )
 
     def measure_trained(trained: Params, others: tuple, batch: Batch) -> Measured:
         return measure(*roles(trained, *others), batch)
 
     gradient = make_gradient(
-        measure_trained, loss, num_microbatches, aux_loss_coefficient
+        measure_trained, objective, num_microbatches, aux_loss_coefficient
     )
     # Where the run ends nobody wants the optimiser's statistics, and to keep the old
     # ones takes the memory of some.
     whole = optax.with_extra_args_support(optimizer)
-    update = around(hold(optimizer) if on_nan == "skip" else whole).update
+    move = around(hold(optimizer) if on_nan == "skip" else whole).update
 
     def train_step(
         state: TrainState, reference: Params | None, batch: Batch
@@ -166,9 +227,7 @@ def make_train_step(
         if on_nan == "stop":
             halted |= ~is_made
             is_made = ~halted
-        updates, opt_state = update(
-            grads, state.opt_state, state.params, is_made=is_made
-        )
+        updates, opt_state = move(grads, state.opt_state, state.params, is_made=is_made)
         params = optax.apply_updates(state.params, updates)
         params = choose(is_made, params, state.params)
         running = choose(is_made, running, state.running)
@@ -180,10 +239,24 @@ def make_train_step(
             sums["aux_loss"] = metrics.Ratio(balance, jnp.ones(()))
         return TrainState(step, halted, params, opt_state, running, moving), sums
 
+    return train_step
+
+
+def jit_step(
+    update: Update, state_shardings: Any = None, rows_sharding: Any = None
+) -> TrainStep:
+    """The step, compiled; the state is donated, the reference never is.
+
+    Args:
+      update: as `make_update` gives it.
+      state_shardings: a sharding for each array of the state. Given, the compiler
+        cannot move an array between steps and compile again for the next.
+      rows_sharding: the sharding of a batch.
+    """
     if state_shardings is None:
-        return jax.jit(train_step, donate_argnums=0)
+        return jax.jit(update, donate_argnums=0)
     return jax.jit(
-        train_step,
+        update,
         donate_argnums=0,
         in_shardings=(state_shardings, None, rows_sharding),
         out_shardings=(state_shardings, None),
@@ -220,11 +293,18 @@ def make_eval_step(
     ) -> tuple[Sums, Sums]:
         measured = measure(params, reference, batch)
         running = loss.initial_running() if running is None else running
-        sums = judge(loss, measured, batch, running, denominators(batch))[1]
-        outcomes = loss(measured.scores, running)  # as above; the compiler sees it
-        return sums, example_figures(loss, outcomes, measured.scores)
+        return assess(loss, measured, batch, running)
 
     return jax.jit(eval_step)
+
+
+def assess(
+    loss: Loss, measured: Measured, batch: Batch, running: Running
+) -> tuple[Sums, Sums]:
+    """What an evaluation step says of a batch's numbers."""
+    sums = judge(loss, measured, batch, running, denominators(batch))[1]
+    outcomes = loss(measured.scores, running)  # as above; the compiler sees it
+    return sums, example_figures(loss, outcomes, measured.scores)
 
 
 def make_kl_step(

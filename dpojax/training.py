@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpojax.beginning import begin, state_shapes
 from dpojax.config import TrainConfig
 from dpojax.examination import Examine, make_examine
+from dpojax.gradient import Judge, as_judge
 from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
-from dpojax.measure import make_measure
+from dpojax.losses.objective import Need
+from dpojax.measure import Measure, make_measure
 from dpojax.models.families import aux_loss_coefficient
 from dpojax.offloading import fetch_state
 from dpojax.policy import Policy, default_learning_rate
@@ -26,10 +29,11 @@ from dpojax.prepare import (
     configured_optimizer,
     configured_schedule,
 )
+from dpojax.reference import Movement
 from dpojax.reference_setting import make_movement
 from dpojax.sharding import rows_sharding
 from dpojax.spread import Spread
-from dpojax.train_step import TrainState, TrainStep, make_train_step
+from dpojax.train_step import TrainState, TrainStep, Update, jit_step, make_update
 
 
 class Training(NamedTuple):
@@ -72,40 +76,62 @@ def make_training(
     optimizer = configured_optimizer(config.optimizer, schedule)
     parts = (policy.trained, policy.reference, optimizer, loss, movement)
     shapes = state_shapes(*parts, mesh, config.offload)
-    coefficient = aux_loss_coefficient(loaded.settings)
+    measure = configured_measure(config, loss.needs, loaded, mesh)
     examine = make_examine(
         loaded.model.trace,
-        make_measure(
-            loaded.model.apply,
-            loss.needs,
-            chunk_size=config.chunk_size,
-            spread=Spread(mesh),
-        ),
+        measure,
         loss,
         policy.roles,
         num_microbatches=config.microbatches,
-        aux_loss_coefficient=coefficient,
+        aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
         out_sharding=NamedSharding(mesh, PartitionSpec()),
     )
-    step = make_train_step(
-        loaded.model.apply,
-        loss,
-        optimizer,
-        num_microbatches=config.microbatches,
-        token_metrics=config.token_metrics,
-        chunk_size=config.chunk_size,
-        spread=Spread(mesh),
-        movement=movement,
-        roles=policy.roles,
-        aux_loss_coefficient=coefficient,
-        on_nan=config.on_nan,
-        around=fetch_state if "optimizer" in config.offload else lambda one: one,
-        state_shardings=jax.tree.map(lambda shape: shape.sharding, shapes),
-        rows_sharding=rows_sharding(mesh),
+    step = jit_step(
+        configured_update(
+            config, measure, as_judge(loss), optimizer, loaded, policy, movement
+        ),
+        jax.tree.map(lambda shape: shape.sharding, shapes),
+        rows_sharding(mesh),
     )
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)))
     # A reference that moves is in the state.
     frozen = None if movement is not None else policy.frozen
     return Training(
         step, examine, frozen, rates, shapes, partial(begin, *parts, shapes)
+    )
+
+
+def configured_measure(
+    config: TrainConfig, needs: frozenset[Need], loaded: Loaded, mesh: Mesh
+) -> Measure:
+    """What settings measure of a batch, for losses that need so much."""
+    return make_measure(
+        loaded.model.apply,
+        needs,
+        token_metrics=config.token_metrics,
+        chunk_size=config.chunk_size,
+        spread=Spread(mesh),
+    )
+
+
+def configured_update(
+    config: TrainConfig,
+    measure: Measure,
+    objective: Judge,
+    optimizer: optax.GradientTransformation,
+    loaded: Loaded,
+    policy: Policy,
+    movement: Movement | None,
+) -> Update:
+    """The step that settings describe, not jitted; see `make_update`."""
+    return make_update(
+        measure,
+        objective,
+        optimizer,
+        num_microbatches=config.microbatches,
+        movement=movement,
+        roles=policy.roles,
+        aux_loss_coefficient=aux_loss_coefficient(loaded.settings),
+        on_nan=config.on_nan,
+        around=fetch_state if "optimizer" in config.offload else lambda one: one,
     )

@@ -110,7 +110,16 @@ main(sys.argv[4:])
 
 
 @pytest.fixture(scope="module")
-def begun(place: Path, config: TrainConfig) -> tuple[Path, list[str]]:
+def marred(place: Path, config: TrainConfig) -> TrainConfig:
+    """The settings of a run that leaves out a bad record."""
+    lines = Path(config.data[0]).read_text("utf-8").splitlines()
+    data = place / "marred.jsonl"
+    data.write_text("\n".join([*lines[:3], '{"prompt": 1}', *lines[3:]]), "utf-8")
+    return replace(config, data=(str(data),), on_bad_record="skip")
+
+
+@pytest.fixture(scope="module")
+def begun(place: Path, marred: TrainConfig) -> tuple[Path, list[str]]:
     """The directory of a run that two processes of two devices began, and their logs.
 
     Before that they read and wrote ``model`` beside it as ``again``.
@@ -125,7 +134,7 @@ def begun(place: Path, config: TrainConfig) -> tuple[Path, list[str]]:
             lambda path: (path / "tokenizer.json").write_text("0"),
             max_shard_size=50_000,
         )
-    flags = as_flags(config, directory / "run", (2, 2, 1))
+    flags = as_flags(marred, directory / "run", (2, 2, 1))
     port = str(free_port())
     command = ("-c", PROCESS, str(directory), port)
     commands = [(*command, str(n), *flags, "--stop-after", "2") for n in (0, 1)]
@@ -142,6 +151,7 @@ def as_flags(config: TrainConfig, output: Path, mesh: Sequence[int]) -> list[str
         "--data": config.data[0],
         "--output": output,
         "--test-size": config.test_size,
+        "--on-bad-record": config.on_bad_record,
         "--max-length": config.max_length,
         "--batch-size": config.batch_size,
         "--steps": config.steps,
@@ -186,15 +196,17 @@ def test_processes_that_differ_are_refused_and_process_0_decides_for_all(
 
 
 def test_a_run_of_two_processes_is_that_of_one_which_may_continue_it(
-    begun: tuple[Path, list[str]], config: TrainConfig, place: Path
+    begun: tuple[Path, list[str]], marred: TrainConfig, place: Path
 ):
     directory, said = begun
     assert "Stopped after step 2 of 4" in said[0]
     assert "train step" not in said[1]  # one of them speaks for both
     whole = run(
-        replace(config, output=str(place / "whole"), mesh=MeshConfig(data=2, fsdp=2))
+        replace(marred, output=str(place / "whole"), mesh=MeshConfig(data=2, fsdp=2))
     )
-    parts = replace(config, output=str(directory / "run"), mesh=MeshConfig(tensor=2))
+    skipped = [each / "skipped.jsonl" for each in (directory / "run", whole.directory)]
+    assert skipped[0].read_bytes() == skipped[1].read_bytes()
+    parts = replace(marred, output=str(directory / "run"), mesh=MeshConfig(tensor=2))
     resumed = run(replace(parts, resume=True))
     assert_same_run(resumed.directory, whole.directory)
 

@@ -58,7 +58,10 @@ def gradient_of(remat: Remat) -> Gradient:
 def test_a_forward_pass_is_the_same_bit_for_bit_where_its_gradient_is_taken(
     compute_dtype: str, remat: Remat
 ):
-    """So at step 0 the policy is the reference. The model is as wide as it takes."""
+    """So at step 0 the policy is the reference. The model is as wide as it takes.
+
+    What XLA contracts depends on the CPU; XLA_FLAGS=--xla_cpu_max_isa=AVX2 plays one.
+    """
     wide = replace(CONFIG, width=64, head_dimension=16, mlp_width=128)
     model = make_model(wide, remat=remat, compute_dtype=jnp.dtype(compute_dtype))
     params = jax.jit(model.init)(jax.random.key(0))

@@ -15,11 +15,13 @@ from browser import browser, find_chromium
 
 from dpojax.cli import main
 from dpojax.config import LossConfig, TrainConfig
+from dpojax.report.comparing import choose, combinations, runs_of
 from dpojax.report.drawing import Line, lines
 from dpojax.report.page import page
 from dpojax.report.panels import reliability
 from dpojax.report.reading import MOST_POINTS, curve, read_runs
 from dpojax.report.serve import make_server
+from dpojax.sweep_list import write_list
 
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -243,3 +245,32 @@ def test_a_browser_draws_every_plot_at_every_width_and_asks_nobody(tmp_path: Pat
             for kind in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
                 assert tab.told(kind) == []
             assert tab.told("Log.entryAdded") == []
+
+
+def test_by_hand_a_sweep_is_compared_over_its_seeds_and_a_choice_is_made(
+    tmp_path: Path,
+):
+    """Accuracies 0.70 and 0.72, then 0.70 and 0.70: means 0.71 and 0.70, error 0.01.
+
+    The t interval of two seeds is 12.7 errors. The second combination is within one
+    error of the first and has half its KL: it is chosen.
+    """
+    changes = [{"loss.beta": beta, "seed": s} for beta in ("0.1", "0.5") for s in "01"]
+    write_list(tmp_path / "sweep", "all", changes)
+    figures = ((0.70, 2.0), (0.72, 2.0), (0.70, 1.0), (0.70, 1.0))
+    for number, (accuracy, kl) in enumerate(figures):
+        directory = write_run(tmp_path / "sweep" / str(number))
+        means = {"rewards/accuracies": accuracy, "samples/kl": kl, "loss": 0.5}
+        line = {"step": 100, "split": "test", "rewards/margins": 1.0} | means
+        write_lines(directory / "metrics.jsonl", [line])
+    path = str(tmp_path / "sweep")
+    first, second = combinations(path, read_runs(runs_of(path)))
+    assert (first.name, second.name) == ("loss.beta 0.1", "loss.beta 0.5")
+    np.testing.assert_allclose(first.accuracy, (0.71, 0.01, 0.1270620), rtol=1e-6)
+    assert first.is_on_frontier and second.is_on_frontier
+    assert choose([first, second])[0] == second
+    text = page([path])
+    assert "loss.beta 0.5 – chosen" in text and "71.0% ± 12.7%" in text
+    # Of one that has not begun nothing is there to compare.
+    write_list(tmp_path / "new", "all", changes)
+    assert runs_of(str(tmp_path / "new")) == []

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
@@ -60,7 +61,14 @@ def as_attention(kept: Any) -> Any:
 
 
 def as_projection(product: Array, path: str) -> Array:
-    """Names what a projection gives by its place in a layer."""
+    """Names what a projection gives by its place in a layer.
+
+    Rounding to the bits that it has anyway changes no number. JAX does so to what a
+    policy keeps, and XLA on CPUs then contracts other products with sums: without it
+    everywhere, a forward pass whose gradient is taken differs in its last bits.
+    """
+    bits = jnp.finfo(product.dtype)
+    product = jax.lax.reduce_precision(product, bits.nexp, bits.nmant)
     return checkpoint_name(product, path)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from dpojax.command_config import ReportConfig
 from dpojax.progress import say
+from dpojax.report.comparing import Estimate, choose, combinations, runs_of
 from dpojax.report.panels import panels
 from dpojax.report.reading import MOST_EVALUATIONS, Run, last, read_runs, spaced
 from dpojax.whole_files import write_bytes
@@ -46,7 +47,8 @@ def report(config: ReportConfig) -> Path:
     output = Path(config.output or Path(config.runs[0]) / "report.html")
     text = page(config.runs)
     write_bytes(output, text.encode())
-    say(f"{output}: {len(config.runs)} run(s), {len(text) / 1e6:.1f} MB")
+    num_runs = sum(len(runs_of(path)) for path in config.runs)
+    say(f"{output}: {num_runs} run(s), {len(text) / 1e6:.1f} MB")
     return output
 
 
@@ -54,13 +56,16 @@ def page(paths: Sequence[str], refresh: int | None = None) -> str:
     """The page of some runs.
 
     Args:
-      paths: run directories.
+      paths: run directories, or those of sweeps, which stand for their runs.
       refresh: seconds after which a browser asks again; None: never.
 
     Raises:
-      ValueError: if a directory is no run.
+      ValueError: if a directory is no run, or of sweeps no run has begun.
     """
-    runs = read_runs(paths)
+    parts = [runs_of(path) for path in paths]
+    if not any(parts):
+        raise ValueError(f"None of the runs of {', '.join(paths)} has begun; wait.")
+    runs = read_runs([run for part in parts for run in part])
     loader = jinja2.PackageLoader("dpojax.report", "")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
@@ -71,6 +76,7 @@ def page(paths: Sequence[str], refresh: int | None = None) -> str:
         columns=[title for title, _, _ in _COLUMNS],
         runs=[_overview(run, number) for number, run in enumerate(runs)],
         warnings=[(run.name, row) for run in runs for row in run.warnings],
+        comparisons=_comparisons(paths, parts, runs),
         panels=panels(runs),
         names=[run.name for run in runs],
         differences=_differences(runs),
@@ -89,6 +95,44 @@ def _overview(run: Run, number: int) -> dict[str, Any]:
         "step": max(steps, default=0),
         "values": [form.format(x) if np.isfinite(x) else "–" for x, form in values],
     }
+
+
+def _comparisons(
+    paths: Sequence[str], parts: Sequence[Sequence[str]], runs: Sequence[Run]
+) -> list[dict[str, Any]]:
+    """Of each sweep among the paths, a table of what it tried and a choice."""
+    found, rest = [], list(runs)
+    for path, part in zip(paths, parts, strict=True):
+        own, rest = rest[: len(part)], rest[len(part) :]
+        tried = combinations(path, own)
+        if tried:
+            chosen, sentence = choose(tried)
+            rows = [
+                {
+                    "name": one.name,
+                    "runs": ", ".join(one.runs),
+                    "step": one.step,
+                    "values": [
+                        _interval(one.accuracy, "{:.1%}"),
+                        _interval(one.margin, "{:.3f}"),
+                        _interval(one.kl, "{:.2f}"),
+                    ],
+                    "is_on_frontier": one.is_on_frontier,
+                    "is_chosen": one is chosen,
+                }
+                for one in tried
+            ]
+            found.append({"path": path, "rows": rows, "sentence": sentence})
+    return found
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    """A mean with its interval, where seeds tell one."""
+    mean, _, half_width = estimate
+    if not np.isfinite(mean):
+        return "–"
+    told = form.format(mean)
+    return f"{told} ± {form.format(half_width)}" if np.isfinite(half_width) else told
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -10,6 +10,7 @@ from threading import Lock
 
 from dpojax.command_config import WatchConfig
 from dpojax.progress import say
+from dpojax.report.comparing import runs_of
 from dpojax.report.page import page
 
 _REFRESH = 5  # seconds between questions of a browser
@@ -78,6 +79,7 @@ class _Newest:
             return self._page
 
     def _look(self) -> list[tuple[str, int, int]]:
-        files = [file for run in self._runs for file in Path(run).glob("*.jsonl")]
+        runs = [Path(run) for path in self._runs for run in runs_of(path)]
+        files = [file for run in runs for file in run.glob("*.jsonl")]
         found = [(str(file), file.stat()) for file in sorted(files)]
         return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in found]

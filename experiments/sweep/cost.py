@@ -1,0 +1,203 @@
+"""What a sweep costs beside single runs, by the TPUs' compiler or by a CPU's clock.
+
+    pip install -e '.[plan]'
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python experiments/sweep/cost.py compile
+    python experiments/sweep/cost.py time
+
+`compile` builds, from shapes alone, the step of one LoRA run and that of several for a
+TPU slice that is not there, and prints one JSON line for each: FLOPs of products of
+matrices, every loop by its turns, and one chip's memory. `time` runs a small shape
+here. Both put the steps together as `dpojax train` and `dpojax sweep` do.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from dpojax.bench_inputs import make_random_model, shape_settings
+from dpojax.command_config import BenchConfig, PlanConfig, ShapeConfig
+from dpojax.config import LoraConfig, TrainConfig
+from dpojax.loading import Loaded
+from dpojax.losses.make import make_loss
+from dpojax.planning.hlo import parse
+from dpojax.planning.rows import first_batch, plan_examples, scored_chunks
+from dpojax.planning.shapes import plan_model, plan_policy
+from dpojax.planning.walk import count
+from dpojax.policy import Policy, computed, make_policy
+from dpojax.sharding import make_mesh, make_placement, num_row_shards, rows_sharding
+from dpojax.sweep.objectives import Objectives
+from dpojax.sweep.stacked import Stacked, as_lanes, make_stacked
+from dpojax.training import Training, make_training
+
+NUM_STEPS = 100
+LOSS = make_loss("dpo")
+LORA = LoraConfig(rank=16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The cost of a sweep.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    compiled = commands.add_parser("compile")
+    compiled.add_argument("--shape", default="qwen2.5-0.5b")
+    compiled.add_argument("--topology", default="v5e:2x2")
+    compiled.add_argument("--pairs", type=int, default=4, help="of a step")
+    compiled.add_argument("--remat", default="full")
+    compiled.add_argument("--runs", type=int, nargs="+", default=[1, 2, 8])
+    timed = commands.add_parser("time")
+    timed.add_argument("--shape", default="4x256")
+    timed.add_argument("--pairs", type=int, default=4)
+    timed.add_argument("--runs", type=int, default=8)
+    timed.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    {"compile": compile_all, "time": time_all}[args.command](args)
+
+
+def compile_all(args: argparse.Namespace) -> None:
+    """The single step with a precomputed and a live reference, and the sweep's."""
+    devices = topologies.get_topology_desc(args.topology, platform="tpu").devices
+    mesh = make_mesh(devices=tuple(devices))
+    config = PlanConfig(
+        lora=LORA,
+        remat=args.remat,
+        shape=ShapeConfig(name=args.shape),
+        compute_dtype="bfloat16",
+        attention="xla",  # the compiler counts no kernel's products
+        prompt_tokens=512,
+        completion_tokens=256,
+        row_length=1024,  # a pair each
+        batch_size=args.pairs,
+    )
+    for reference in ("precomputed", None):
+        for runs in args.runs:
+            told = {"runs": runs, "reference": reference or "live"}
+            print(
+                json.dumps(
+                    told | _compiled(replace(config, reference=reference), mesh, runs)
+                )
+            )
+
+
+def _compiled(config: PlanConfig, mesh: Mesh, runs: int) -> dict[str, Any]:
+    loaded = plan_model(config, shape_settings(config.shape), LOSS, mesh)
+    policy = plan_policy(config, LOSS, loaded, mesh)
+    training = make_training(config, LOSS, loaded, policy, mesh, NUM_STEPS)
+    shards = num_row_shards(mesh)
+    host = first_batch(config, LOSS, plan_examples(config, LOSS, loaded), shards)
+    rows = rows_sharding(mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), host
+    )
+    if runs == 1:
+        lowered = training.step.lower(training.shapes, training.frozen, batch)
+    else:
+        stacked = _stacked(config, loaded, policy, mesh, training, runs)
+        lanes = as_lanes([0] * runs, [1e-5] * runs)
+        lowered = stacked.step.lower(stacked.shapes, lanes, policy.frozen, batch)
+    program = lowered.compile()
+    positions = host.tokens.size // shards
+    turns = scored_chunks(host, shards, 1, min(config.chunk_size, positions))
+    text, memory = program.as_text(), program.memory_analysis()
+    assert text is not None and memory is not None
+    counts = count(parse(text), lambda loop: turns)
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+    }
+    gib = {f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()}
+    return (
+        {"tflop": round(counts.flops / 1e12, 4)}
+        | gib
+        | {"shape": str(host.tokens.shape)}
+    )
+
+
+def time_all(args: argparse.Namespace) -> None:
+    """Seconds of a step of all runs at once, and of one run's."""
+    mesh = make_mesh()
+    config = replace(
+        PlanConfig(lora=LORA),
+        shape=ShapeConfig(name=args.shape),
+        prompt_tokens=64,
+        completion_tokens=64,
+        batch_size=args.pairs,
+    )
+    bench = BenchConfig(lora=LORA, shape=config.shape)
+    loaded = computed(make_random_model(bench, mesh), config, mesh)
+    found = {}
+    for reference in ("precomputed", None):
+        told = replace(config, reference=reference)
+        one, every = _times(told, loaded, mesh, args.runs, args.steps)
+        name = reference or "live"
+        found |= {f"one run, {name}": one, f"{args.runs} runs, {name}": every}
+    print(json.dumps({name: round(value, 4) for name, value in found.items()}))
+
+
+def _times(
+    config: PlanConfig, loaded: Loaded, mesh: Mesh, runs: int, steps: int
+) -> tuple[float, float]:
+    host = first_batch(
+        config, LOSS, plan_examples(config, LOSS, loaded), num_row_shards(mesh)
+    )
+    batch = make_placement(mesh).put(host)
+    policy = make_policy(config, LOSS, loaded, mesh)
+    training = make_training(config, LOSS, loaded, policy, mesh, NUM_STEPS)
+    stacked = _stacked(config, loaded, policy, mesh, training, runs)
+    lanes = as_lanes([0] * runs, [1e-5] * runs)
+    states = stacked.empty()
+    for lane in range(runs):
+        states = stacked.put(states, lane, training.begin())
+    state = jax.tree.map(jnp.copy, training.begin())  # the step takes it
+
+    def one(state: Any) -> Any:
+        return training.step(state, policy.frozen, batch)
+
+    def every(states: Any) -> Any:
+        return stacked.step(states, lanes, policy.frozen, batch)
+
+    return _seconds(one, state, steps), _seconds(every, states, steps)
+
+
+def _seconds(step: Callable[[Any], Any], state: Any, steps: int) -> float:
+    """The median, compilation left out."""
+    times = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        state, sums = step(state)
+        jax.block_until_ready(sums)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _stacked(
+    config: TrainConfig,
+    loaded: Loaded,
+    policy: Policy,
+    mesh: Mesh,
+    training: Training,
+    runs: int,
+) -> Stacked:
+    return make_stacked(
+        config,
+        Objectives([LOSS]),
+        loaded,
+        policy,
+        mesh,
+        num_steps=NUM_STEPS,
+        movement=None,
+        shapes=training.shapes,
+        num_lanes=runs,
+    )
+
+
+if __name__ == "__main__":
+    main()
