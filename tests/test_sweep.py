@@ -19,6 +19,7 @@ import pytest
 from compilation import quick_flags
 from safetensors.numpy import load_file
 from test_run import metrics_of
+from test_trackers import events_of, lines_of
 
 from dpojax.bench_inputs import shape_settings
 from dpojax.command_config import PlanConfig, ShapeConfig, SweepConfig
@@ -104,7 +105,8 @@ LOSSES = "loss=dpo,bco_pair"  # of which one keeps statistics
 
 @pytest.fixture(scope="module")
 def swept(config: TrainConfig, place: Path) -> Path:
-    return sweep(as_sweep(config, place / "swept", over=(LOSSES,)))
+    tracked = replace(config, track=("tensorboard",))
+    return sweep(as_sweep(tracked, place / "swept", over=(LOSSES,)))
 
 
 # -- Settings -------------------------------------------------------------------------
@@ -152,6 +154,7 @@ def test_fields_and_values_that_cannot_be_are_refused(
         ({"seeds": 2, "fit": True}, "leave out --fit"),
         ({"seeds": 2, "offload": ("optimizer",)}, "leave out --offload"),
         ({"seeds": 2, "keep_last": 1}, "at least 2"),
+        ({"seeds": 2, "track": ("wandb",)}, "give --track tensorboard"),
         ({"over": ("loss=dpo,sft", "loss.beta=1,2")}, "has no setting 'beta'"),
         ({"over": ("batch_size=2,4",), "search": "halving"}, "of one program"),
     ],
@@ -342,6 +345,15 @@ def test_a_run_of_a_sweep_is_a_run_that_can_be_repeated_and_resumed_alone(
     resumed = run(replace(again, output=str(place / "copied"), resume=True))
     assert resumed.step == 6
     assert_same_run(swept / "1", resumed.directory)
+
+
+def test_each_run_of_a_sweep_has_its_own_card_and_tracker(swept: Path):
+    for number, loss in enumerate(("dpo", "bco_pair")):
+        card = (swept / str(number) / "final" / "README.md").read_text("utf-8")
+        assert "dpojax train" in card and f"- `{loss}`: " in card
+        events, lines = (of(swept / str(number)) for of in (events_of, lines_of))
+        assert events.keys() == lines.keys()
+        assert events["train/loss"] == pytest.approx(lines["train/loss"])
 
 
 # -- Minutes long ---------------------------------------------------------------------

@@ -97,6 +97,11 @@ def _check(config: SweepConfig) -> None:
             "The states of many runs stay on the device; leave out --offload, and "
             "train fewer at one time by --parallel."
         )
+    if set(config.track) - {"tensorboard"}:
+        raise ValueError(
+            "wandb and trackio take one run at a time, and a sweep trains many; give "
+            "--track tensorboard, or none."
+        )
     if config.distributed.method != "none":
         raise ValueError("A sweep is trained by one process; leave out --distributed.")
     if config.keep_last < 2:

@@ -14,7 +14,15 @@ import tyro
 from dpojax.config import TrainConfig
 
 # What is no property of a run, or is told otherwise.
-_NOT_SWEPT = ("output", "resume", "stop_after", "fit", "memory_limit", "distributed")
+_NOT_SWEPT = (
+    "output",
+    "resume",
+    "stop_after",
+    "fit",
+    "memory_limit",
+    "distributed",
+    "track",
+)
 _NAMES = {"loss": "loss.name", "moving": "moving.kind"}  # of flags that name a group
 
 
