@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from dpojax.checksums import find_damage, seal
+from dpojax.progress import busy
 
 Note = dict[str, Any]  # what JSON can hold
 _SMALL = 1 << 20  # bytes
@@ -166,7 +167,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note)
         )
         metrics = None if loss is None else {"loss": loss}
-        with self._naming():
+        with self._naming(), busy("Saving a checkpoint"):
             self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, step: int, like: Any) -> Any:
@@ -214,7 +215,7 @@ class Checkpoints:
         Raises:
           OSError: if it could not be.
         """
-        with self._naming():
+        with self._naming(), busy("Saving the last checkpoint"):
             self._manager.wait_until_finished()
         self._manager.close()
 

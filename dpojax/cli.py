@@ -3,7 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import tyro
 
 from dpojax.command_config import (
     BenchConfig,
+    CompletionConfig,
     EvalConfig,
     ExportConfig,
     GenerateConfig,
@@ -25,10 +27,12 @@ from dpojax.command_config import (
 )
 from dpojax.config import TrainConfig
 from dpojax.config_source import as_source
+from dpojax.flag_groups import make_registry
+from dpojax.shell_completion import as_script
 from dpojax.user_code import load_names
 
 _PACKAGE = str(Path(__file__).parent)
-_ORIGIN_FLAGS = ("--from-trl", "--trl-", "--print-config")
+_ORIGIN_FLAGS = ("--from-trl", "--trl-trainer", "--trl-processes", "--print-config")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,6 +58,11 @@ def parse(arguments: list[str]) -> tuple[Any, bool]:
     train, print_config = TrainConfig(), False
     if arguments[:1] in (["train"], ["reference"], ["plan"], ["sweep"]):
         train, arguments, print_config = _take_origin(arguments)
+    return _make_cli(train)(args=arguments), print_config
+
+
+def _make_cli(train: TrainConfig) -> Callable[..., Any]:
+    """The parser of all commands, those of training with these defaults."""
     ahead = ReferenceConfig(**vars(train))
     planned = PlanConfig(**vars(train))
     swept = SweepConfig(**vars(train))
@@ -71,15 +80,24 @@ def parse(arguments: list[str]) -> tuple[Any, bool]:
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[ReportConfig, tyro.conf.subcommand("report")]
         | Annotated[WatchConfig, tyro.conf.subcommand("watch")]
+        | Annotated[CompletionConfig, tyro.conf.subcommand("completion")]
     )
-    config = tyro.cli(commands, prog="dpojax", description=__doc__, args=arguments)
-    return config, print_config
+    return partial(
+        tyro.cli,
+        commands,
+        prog="dpojax",
+        description="Preference optimisation of causal language models in JAX.",
+        registry=make_registry(),
+    )
 
 
 def _dispatch(arguments: list[str]) -> None:
     config, print_config = parse(arguments)
     if isinstance(config, ReportConfig | WatchConfig):
         _show(config)
+        return
+    if isinstance(config, CompletionConfig):
+        print(as_script(config.shell, _ORIGIN_FLAGS, _make_cli(TrainConfig())), end="")
         return
     if print_config:
         print(as_source(config), end="")

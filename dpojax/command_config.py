@@ -22,13 +22,13 @@ class EvalConfig:
     data: tuple[str, ...]
     """Preference data, as for train."""
     columns: dict[str, str] = field(default_factory=dict)
-    """As in training."""
+    """Our names of columns and the data's, as in training."""
     split: str = "test"
     """Split evaluated on; cut off the data as train does if it has none."""
     test_size: float = 0.05
-    """As in training, or the cut-off split is another one."""
+    """What is cut off: as in training, or the split is another one."""
     max_examples: int | None = None
-    """As in training, likewise."""
+    """Use this many examples, chosen at random as in training."""
     max_length: int = 1024
     """Most tokens of a prompt and one completion, with EOS."""
     too_long: Literal["truncate", "drop"] = "truncate"
@@ -37,9 +37,9 @@ class EvalConfig:
     """A record that cannot be used stops the command, or is left out and listed."""
     loss: LossConfig = field(default_factory=LossConfig)
     pairs_from: Literal["best_worst", "all", "rso"] = "best_worst"
-    """As in training."""
+    """How ranked or scored completions become pairs, as in training."""
     turns: Literal["all", "assistant"] = "all"
-    """As in training."""
+    """What of a chat's completion is scored, as in training."""
     batch_size: int = 16
     """Examples evaluated at one time."""
     kl_samples: int = 64
@@ -209,7 +209,15 @@ class WatchConfig:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="run")]
     """Run directories, finished or not."""
     port: int = 8000
-    """Of 127.0.0.1."""
+    """Port at which 127.0.0.1 serves it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """Print a script by which a shell completes what is typed."""
+
+    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
+    """Whose script; the README says where to put it."""
 
 
 @dataclass(frozen=True, kw_only=True)

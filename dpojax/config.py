@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -68,21 +70,21 @@ class DistributedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The objective and its settings; those left at None keep the objective's default.
+    """The objective and its settings; None keeps the objective's own default.
 
-    `dpojax losses` prints all objectives, what each takes, and the defaults.
+    `dpojax losses` prints all objectives, what each takes, and these defaults.
     """
 
     name: Annotated[str, tyro.conf.arg(name="")] = "dpo"
     """Objective, a weighted sum such as 0.8*dpo+0.2*sft, or my_file.py:my_loss."""
     beta: Annotated[float | None, tyro.conf.arg(aliases=("--beta",))] = None
-    """Strength of the KL constraint, per nat, or scale of the reward."""
+    """KL constraint's strength, per nat; or reward's scale."""
     label_smoothing: float | None = None
     """Probability that a label is flipped."""
     average: bool | None = None
     """Average log-ratios over tokens (ipo)."""
     alpha: float | None = None
-    """Weight or temperature that the paper calls alpha or lambda (many losses)."""
+    """What the paper calls alpha or lambda: a weight, a temperature (many)."""
     gamma: float | None = None
     """Margin (simnpo)."""
     gamma_beta_ratio: float | None = None
@@ -102,15 +104,15 @@ class LossConfig:
     center: float | None = None
     """Draws the rewards' mean to 0 (bradley_terry)."""
     margin_scale: float | None = None
-    """Difference of scores to margin of rewards (bradley_terry)."""
+    """Margin of rewards per difference of scores (bradley_terry)."""
     divergence: str | None = None
     """reverse_kl, forward_kl, js_divergence or alpha_divergence (f_dpo and others)."""
     divergence_alpha: float | None = None
     """Order of the alpha divergence."""
     ld_alpha: float | None = None
-    """Weight of tokens beyond the shorter completion (ld_dpo and other pairs)."""
+    """Weight of tokens past the shorter one's end (ld_dpo, pairs)."""
     weighting: str | None = None
-    """WPO's weights of pairs: aligned or likelihood (wpo and other pairs)."""
+    """WPO's weights: aligned or likelihood (wpo, pairs)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +239,8 @@ class TrainConfig:
 
     token_metrics: tuple[Literal["entropy", "mean_token_accuracy"], ...] = ()
     """Measured over all tokens of completions too, in the loss's pass (TRL: both)."""
+    track: tuple[TrackerName, ...] = ()
+    """Where metrics go besides metrics.jsonl; each is an extra: 'dpojax[wandb]'."""
     log_every: int = 10
     """Steps between lines of metrics."""
     evaluate_every: int = 100

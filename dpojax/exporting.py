@@ -15,6 +15,7 @@ from dpojax.command_config import ExportConfig
 from dpojax.connecting import connect
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.loading import load_model, load_reward_model, new_directory
+from dpojax.model_card import make_card, make_short_card, with_card
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
@@ -42,6 +43,7 @@ class _Exported(NamedTuple):
     generation_settings: dict[str, Any] | None
     base_name: str
     tokenizer: Tokenizer
+    note: dict[str, Any] | None = None  # of a run's checkpoint
 
 
 def export(config: ExportConfig) -> Path:
@@ -64,19 +66,27 @@ def export(config: ExportConfig) -> Path:
                 "exported is the model that they make with their base, by --merge."
             )
         exported, label = _read_adapted(source, str(source), mesh), str(source)
+        step = 0
     elif (source / "model").is_dir():
         exported, step = _read_run(source, config.step, mesh)
         label = f"Step {step} of {source}"
     else:
         raise ValueError(f"{source} is not the directory of a run of dpojax train.")
-    _write(output, exported, config)
+    _write(output, exported, config, step)
     say(f"{label} is in {output}.")
     return output
 
 
-def _write(output: Path, exported: _Exported, config: ExportConfig) -> None:
-    model, trained, base, settings, generation_settings, base_name, _ = exported
-    write_tokenizer = exported.tokenizer.save_pretrained
+def _write(output: Path, exported: _Exported, config: ExportConfig, step: int) -> None:
+    model, trained, base, settings, generation_settings, base_name = exported[:6]
+    is_adapter = model.lora is not None and not config.merge
+    note = exported.note
+    if note is None or "facts" not in note:  # adapters, or a run of an earlier version
+        card = make_short_card(base_name, is_adapter=is_adapter)
+    else:
+        kinds = {"is_adapter": is_adapter, "is_reward": model.config.head == "score"}
+        card = make_card(note, step, **kinds)
+    write_rest = with_card(exported.tokenizer.save_pretrained, card)
     if not config.merge:
         write_trained(
             output,
@@ -84,7 +94,7 @@ def _write(output: Path, exported: _Exported, config: ExportConfig) -> None:
             model,
             settings,
             base_name,
-            write_tokenizer,
+            write_rest,
             generation_settings=generation_settings,
         )
         return
@@ -97,7 +107,7 @@ def _write(output: Path, exported: _Exported, config: ExportConfig) -> None:
         output,
         merged,
         settings,
-        write_tokenizer,
+        write_rest,
         generation_settings=generation_settings,
     )
 
@@ -124,8 +134,9 @@ def _read_run(source: Path, step: int | None, mesh: Mesh) -> tuple[_Exported, in
     shardings = as_shardings(exported.trained, mesh)
     like = jax.tree.map(_abstract, exported.trained, shardings)
     trained = checkpoints.restore(step, {"params": like})["params"]
+    note = checkpoints.note(step)
     checkpoints.close()
-    return exported._replace(trained=trained), step
+    return exported._replace(trained=trained, note=note), step
 
 
 def _choose_step(source: Path, step: int | None) -> int:

@@ -15,7 +15,7 @@ from dpojax.fit import Way, choose, describe, device_memory, ways
 from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
 from dpojax.policy import Policy, computed
-from dpojax.progress import say
+from dpojax.progress import busy, say
 from dpojax.reference_setting import named_reference
 from dpojax.sharding import num_row_shards, rows_sharding
 from dpojax.training import make_training
@@ -95,7 +95,8 @@ def fit(
         training = make_training(there, loss, model, policy, mesh, num_steps)
         frozen = jax.tree.map(_shape, training.frozen)
         batch = jax.tree.map(rows, first_batch(way.num_microbatches))
-        return training.step.lower(training.shapes, frozen, batch).compile()
+        with busy(f"Compiling with --remat {way}"):
+            return training.step.lower(training.shapes, frozen, batch).compile()
 
     def rows(array: Any) -> jax.ShapeDtypeStruct:
         where = rows_sharding(mesh)

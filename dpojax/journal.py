@@ -22,6 +22,7 @@ from dpojax.held_out_samples import Sampled
 from dpojax.loading import Loaded
 from dpojax.memory_peaks import peak_memory
 from dpojax.metrics_file import MetricsFile
+from dpojax.model_card import make_card, with_card
 from dpojax.policy import write_trained
 from dpojax.prepare import is_logistic
 from dpojax.progress import say
@@ -30,6 +31,7 @@ from dpojax.reference import Params
 from dpojax.resume import check_note
 from dpojax.run_log import figures_line, time_line
 from dpojax.step_log import Figures, StepLog
+from dpojax.trackers import Trackers
 from dpojax.train_step import TrainState
 
 _NEW: Note = {"evaluation": {}, "evaluated_at": -1, "unlogged": []}
@@ -47,6 +49,7 @@ class Journal:
         note: Note,
         step: int,
         sampled: Sampled,
+        trackers: Trackers,
         tell: Callable[[str], None] = say,
         warn: Callable[[str], None] = say,
     ):
@@ -57,9 +60,11 @@ class Journal:
           config: its settings.
           course: its steps.
           learning_rates: of each step.
-          note: what must be the same for a resumed run to be the same run.
+          note: what must be the same for a resumed run to be the same run, and the
+            `facts` of its card.
           step: where it goes on, of which there is a checkpoint, or 0.
           sampled: continues held-out prompts.
+          trackers: services that are not open yet.
           tell: shows a line of figures.
           warn: shows a warning.
 
@@ -82,7 +87,9 @@ class Journal:
         adviser = Adviser(
             batch_size=config.batch_size, is_logistic=is_logistic(config.loss)
         )
-        self._log = Recording(directory, step or -1, adviser, warn)
+        self._log = Recording(
+            directory, step or -1, adviser, trackers, note["configuration"], warn
+        )
         self._each = MetricsFile(directory / "held_out.jsonl", keep_until=step or -1)
 
     def restore(self, like: TrainState) -> TrainState:
@@ -127,13 +134,8 @@ class Journal:
         """Starts writing a checkpoint; the steps are settled."""
         self._log.keep()
         self._each.keep()
-        newest = {
-            "evaluation": self.last,
-            "evaluated_at": self._last_at,
-            "unlogged": self._unlogged,
-        }
         best_by = self.last["loss"] if self._last_at == step else None
-        self._checkpoints.save(step, state, self._note | newest, best_by)
+        self._checkpoints.save(step, state, self._newest_note(), best_by)
 
     def close(self) -> None:
         """Waits until every checkpoint is written.
@@ -146,16 +148,29 @@ class Journal:
     def write_model(self, trained: Params, loaded: Loaded) -> None:
         """Writes what was trained, at the end of the run."""
         final = self.directory / "final"
+        card = make_card(
+            self._newest_note(),
+            self._course.num_steps,
+            is_adapter=loaded.model.lora is not None,
+            is_reward=loaded.model.config.head == "score",
+        )
         write_trained(
             final,
             trained,
             loaded.model,
             loaded.settings,
             loaded.base,
-            loaded.tokenizer.save_pretrained,
+            with_card(loaded.tokenizer.save_pretrained, card),
             generation_settings=loaded.generation_settings,
         )
         self._tell(f"The model is in {final}.")
+
+    def _newest_note(self) -> Note:
+        return self._note | {
+            "evaluation": self.last,
+            "evaluated_at": self._last_at,
+            "unlogged": self._unlogged,
+        }
 
     def _logged(self, step: int, values: dict[str, float]) -> None:
         values["learning_rate"] = float(self._rates[step - 1])

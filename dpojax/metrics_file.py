@@ -16,6 +16,8 @@ import numpy as np
 from dpojax.processes import only_first
 from dpojax.whole_files import naming, reach_disk, write_bytes
 
+Line = tuple[int, str, dict[str, float | None]]  # step, split, values
+
 
 class MetricsFile:
     """Lines of metrics. Process 0 writes them; in the others its methods do nothing."""
@@ -50,7 +52,7 @@ class MetricsFile:
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def lines(self) -> Iterator[tuple[int, str, dict[str, float | None]]]:
+    def lines(self) -> Iterator[Line]:
         """Every line that is there, as `write` was given it."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         for line in text.splitlines():

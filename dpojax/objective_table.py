@@ -15,9 +15,12 @@ HEADER = (
     "source",
 )
 
-LEGEND = (
+SYMBOLS = (
     "p is log pi, d = p - log pi_ref, n the length, r = beta d, h = r_w - r_l, s the "
-    "sigmoid, ls its logarithm, w the chosen and l the rejected completion. pair: "
+    "sigmoid, ls its logarithm, w the chosen and l the rejected completion."
+)
+LEGEND = (
+    f"{SYMBOLS} pair: "
     "chosen and rejected; judged: one completion and its label; ranked: K completions "
     "and their scores; single: one completion. Losses of pairs also take "
     f"{', '.join(MODIFIERS)} where the theory allows."

@@ -148,7 +148,7 @@ def write_trained(
     model: Model,
     settings: dict[str, Any],
     base_name: str,
-    write_tokenizer: Callable[[Path], object],
+    write_rest: Callable[[Path], object],
     *,
     generation_settings: dict[str, Any] | None,
 ) -> None:
@@ -160,7 +160,7 @@ def write_trained(
       model: whose they are.
       settings: contents of ``config.json``.
       base_name: by which adapters find their base.
-      write_tokenizer: writes the tokenizer's files into a given directory.
+      write_rest: writes the tokenizer and what else there is into a given directory.
       generation_settings: contents of a model's ``generation_config.json``, if any.
     """
     if model.lora is None:
@@ -168,14 +168,12 @@ def write_trained(
             directory,
             trained,
             settings,
-            write_tokenizer,
+            write_rest,
             generation_settings=generation_settings,
         )
     else:
         shape, base = model.lora, model.params
-        write_adapters(
-            directory, trained, shape, base, settings, base_name, write_tokenizer
-        )
+        write_adapters(directory, trained, shape, base, settings, base_name, write_rest)
 
 
 def _fetching(loaded: Loaded, config: TrainConfig) -> Loaded:

@@ -1,7 +1,9 @@
 """What a person sees while waiting: live bars on a terminal, calm lines elsewhere."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -17,6 +20,9 @@ from rich.progress import (
 from rich.table import Table
 
 CONSOLE = Console(highlight=False, emoji=False)
+
+# Seconds between two lines of what has no bar, and before the first.
+CALM = 30.0
 
 
 class Advance(Protocol):
@@ -28,8 +34,20 @@ class Advance(Protocol):
 
 
 @contextmanager
-def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A progress bar, and what moves it on: by default by one unit at each call."""
+def track(
+    description: str, total: int, done: int = 0, *, lines: bool = True
+) -> Iterator[Advance]:
+    """A progress bar, and what moves it on: by default by one unit at each call.
+
+    Args:
+      description: what is done.
+      total: its units.
+      done: those that were done before.
+      lines: whether a line is said from time to time where there is no terminal.
+    """
+    if not CONSOLE.is_terminal:
+        yield _make_calm(description, total, done) if lines else _nothing
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,19 +56,81 @@ def track(description: str, total: int, done: int = 0) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    bars = Progress(
-        *columns,
-        console=CONSOLE,
-        disable=CONSOLE.quiet or not CONSOLE.is_terminal,
-        transient=True,
-    )
-    with bars:
+    with Progress(
+        *columns, console=CONSOLE, disable=CONSOLE.quiet, transient=True
+    ) as bars:
         task = bars.add_task(description, total=total, completed=done, figures="")
 
         def advance(figures: str, units: int = 1) -> None:
             bars.update(task, advance=units, figures=figures)
 
         yield advance
+
+
+def _make_calm(description: str, total: int, done: int) -> Advance:
+    """Says how far it is, and no more often than is calm."""
+    start = last = time.monotonic()
+    begun_at, count = done, done
+
+    def advance(figures: str, units: int = 1) -> None:
+        nonlocal last, count
+        count, now = count + units, time.monotonic()
+        if now - last >= CALM and count < total:
+            last = now
+            left = (now - start) / (count - begun_at) * (total - count)
+            say(f"{description}: {count:,} of {total:,}, left {duration(left)}")
+
+    return advance
+
+
+def _nothing(figures: str, units: int = 1) -> None:
+    """Where others say how far it is."""
+
+
+@contextmanager
+def busy(description: str) -> Iterator[None]:
+    """Shows that something goes on of which nobody knows how long it takes.
+
+    Where there is no terminal, only once it takes long, and then at its end.
+    """
+    if CONSOLE.is_terminal:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(
+            *columns, console=CONSOLE, disable=CONSOLE.quiet, transient=True
+        ) as bars:
+            bars.add_task(description, total=None)
+            yield
+        return
+    start, long = time.monotonic(), threading.Timer(CALM, say, [f"{description} …"])
+    long.daemon = True
+    long.start()
+    try:
+        yield
+    finally:
+        long.cancel()
+    seconds = time.monotonic() - start
+    if seconds >= CALM:
+        say(f"{description} took {duration(seconds)}.")
+
+
+def make_first_times() -> Callable[[str], AbstractContextManager[None]]:
+    """`busy`, the first time with each description; afterwards nothing is shown."""
+    known: set[str] = set()
+
+    def first_time(description: str) -> AbstractContextManager[None]:
+        if description in known:
+            return nullcontext()
+        known.add(description)
+        return busy(description)
+
+    return first_time
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def be_quiet() -> None:

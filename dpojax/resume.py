@@ -76,7 +76,7 @@ def check_note(
     """
     for name, value in note.items():
         # A checkpoint of an earlier version may not have the name yet.
-        if name not in MADE_BY and saved.get(name) != value:
+        if name not in (*MADE_BY, "facts") and saved.get(name) != value:
             raise ValueError(
                 f"{directory} cannot be resumed with another {name}: it was "
                 f"{saved.get(name)} and is now {value}; use its own config.py."

@@ -18,12 +18,13 @@ from dpojax.fitting import check_memory, fit
 from dpojax.held_out_samples import make_sample_writer
 from dpojax.journal import Journal
 from dpojax.material import load_material
+from dpojax.model_card import facts
 from dpojax.not_finite import Case, explain
 from dpojax.policy import computed
 from dpojax.preemption import preemption
 from dpojax.prepare import check_training, make_configured_loss
 from dpojax.processes import check_same
-from dpojax.progress import say, track
+from dpojax.progress import make_first_times, say, track
 from dpojax.reference_setting import why_not_equal
 from dpojax.resume import abstract, find_step, make_note
 from dpojax.run_directory import RunDirectory, open_directory, write_skipped
@@ -31,6 +32,7 @@ from dpojax.run_log import Plan, figures_line, num_parameters, summary
 from dpojax.sharding import make_mesh, make_placement, put_ahead
 from dpojax.spread import Spread
 from dpojax.step_log import NotFinite
+from dpojax.trackers import Trackers
 from dpojax.train_step import make_eval_step
 from dpojax.training import make_training
 
@@ -61,11 +63,11 @@ def run(config: TrainConfig) -> Result:
         in it that began and in which examples.
     """
     connect(config.distributed)
-    with open_directory(config) as place:
-        return _train(config, place)
+    with open_directory(config) as place, Trackers(config.track) as trackers:
+        return _train(config, place, trackers)
 
 
-def _train(config: TrainConfig, place: RunDirectory) -> Result:
+def _train(config: TrainConfig, place: RunDirectory, trackers: Trackers) -> Result:
     # -- Settings that cannot work ----------------------------------------------------
     loss = make_configured_loss(config.loss)
     mesh = make_mesh(**vars(config.mesh))
@@ -104,7 +106,9 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
         write_skipped(directory, skipped)
     rates = training.learning_rates
     sampled = make_sample_writer(config, loss, loaded, test, placement)
-    journal = Journal(directory, config, course, rates, note, step, sampled)
+    counts = {"training": len(train), "held out": len(test)}
+    note |= {"facts": facts(config, loaded.base, num_examples=counts, rates=rates)}
+    journal = Journal(directory, config, course, rates, note, step, sampled, trackers)
     if step:
         like = jax.tree.map(abstract, state)
         jax.tree.map(lambda array: array.delete(), state)  # before there are two
@@ -178,7 +182,8 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
     def put_own(counted: tuple[int, Batch]) -> Batch:
         return placement.put_own(counted[1])
 
-    bar = track("Training", total=num_steps, done=step)
+    bar = track("Training", total=num_steps, done=step, lines=False)
+    compiling = make_first_times()
     with (
         preemption() as is_preempted,  # to the end: a checkpoint may be on its way
         closing(journal),
@@ -186,7 +191,9 @@ def _train(config: TrainConfig, place: RunDirectory) -> Result:
         explaining(),
     ):
         for (num_tokens, _), placed in put_ahead(batches, put_own):
-            state, sums = training.step(state, training.frozen, placed)
+            rows, positions = placed.tokens.shape
+            with compiling(f"Compiling a step of {rows:,} x {positions:,} positions"):
+                state, sums = training.step(state, training.frozen, placed)
             steps.catch_up()  # with an interval that ended before this step
             step += 1
             steps.add(step, sums, num_tokens)

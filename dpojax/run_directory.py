@@ -5,6 +5,8 @@
     held_out.jsonl  rewards and lengths of held-out examples, a line an evaluation
     warnings.jsonl  what metrics warn of, each kind once
     skipped.jsonl   bad records that were left out, if there were any, and why
+    tracked_as      the name by which trackers know the run, where it has any
+    tensorboard/    its events, and wandb/ what that client keeps, likewise
     samples.jsonl   the same held-out prompts, continued at each evaluation
     model/          the model without its weights; with a checkpoint it makes an export
     checkpoints/    states of training

@@ -11,6 +11,7 @@ import jax
 
 from dpojax.config import TrainConfig
 from dpojax.losses.make import Loss, Term, defaults_of
+from dpojax.progress import duration
 
 _SHOWN = {
     "loss": "loss",
@@ -105,11 +106,7 @@ def _gib(size: int) -> str:
 
 def time_line(seconds: float | None) -> str:
     """What is left, where enough was measured to say so."""
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"  left {hours}:{minutes:02}:{rest:02}"
+    return "" if seconds is None else f"  left {duration(seconds)}"
 
 
 def figures_line(start: str, values: Mapping[str, float]) -> str:

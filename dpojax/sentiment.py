@@ -45,7 +45,7 @@ NUM_HELD_OUT = 256
 MAX_LENGTH = 48  # tokens of a review; the few longer ones are left out
 BATCH_SIZE = 16  # small batches stay in a CPU's cache, and more steps learn more
 SAMPLE_BATCH = 256
-SETTINGS = ("output", "seed", "mesh", "loss", "moving", "optimizer")
+SETTINGS = ("output", "seed", "mesh", "loss", "moving", "optimizer", "track")
 
 
 class Task(NamedTuple):
@@ -200,6 +200,7 @@ def _both(config: TrainConfig) -> TrainConfig:
         TrainConfig(),
         seed=config.seed,
         mesh=config.mesh,
+        track=config.track,
         test_size=256,
         max_length=MAX_LENGTH,
         batch_size=BATCH_SIZE,

@@ -7,6 +7,7 @@ import pytest
 from dpojax.advice import Adviser, advise
 from dpojax.metrics_file import MetricsFile
 from dpojax.recording import Recording
+from dpojax.trackers import Trackers
 
 LINES = {
     "all_right": ("train", {"rewards/accuracies": 1.0, "epoch": 0.5}, "128 training"),
@@ -95,7 +96,7 @@ def test_by_hand_lengths_that_drift_by_half_and_by_three_errors():
 def test_a_resumed_run_has_the_warnings_of_one_that_was_not_stopped(tmp_path):
     def record(keep_until: int, start: int) -> bytes:
         adviser = Adviser(batch_size=64, is_logistic=True)
-        recording = Recording(tmp_path, keep_until, adviser)
+        recording = Recording(tmp_path, keep_until, adviser, Trackers(()), {})
         for step in range(start, 7):
             values = {"rewards/margins": 7.0 * step, "loss": 0.7 - 0.1166 * step}
             recording.write(step, "train", values)

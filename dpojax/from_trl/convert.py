@@ -11,7 +11,7 @@ from dpojax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from dpojax.from_trl.course import batches, occasions, optimizer
+from dpojax.from_trl.course import batches, occasions, optimizer, trackers
 from dpojax.from_trl.defaults import DEFAULTS, NONE_IS_A_VALUE, TRAINERS, told_by
 from dpojax.from_trl.network import network
 from dpojax.from_trl.objective import objective
@@ -127,6 +127,7 @@ def _parts(
             batches(values, processes, settled),
             optimizer(values),
             occasions(values),
+            trackers(values),
         ]
     except ValueError as error:
         raise ValueError(f"{recipe.path}: {error}") from error

@@ -1,9 +1,10 @@
 """How a run goes: batches, length, optimiser, evaluations, checkpoints."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_args
 
-from dpojax.from_trl.part import Part, Refusal, number, whole
+from dpojax.config import TrackerName
+from dpojax.from_trl.part import Part, Refusal, names, number, whole
 
 _OPTIMIZERS = {  # TRL's name: ours, and how moments are kept
     "adamw_torch": ("adamw", "float32"),
@@ -111,6 +112,18 @@ def _warmup(values: Mapping[str, Any], schedule: str) -> float:
         return 0
     steps, share = number(values, "warmup_steps"), number(values, "warmup_ratio")
     return steps if steps else share  # transformers: steps win where both are given
+
+
+def trackers(values: Mapping[str, Any]) -> Part:
+    """Where metrics go besides the run's directory."""
+    asked = names(values["report_to"], "report_to")
+    ours = get_args(TrackerName)
+    taken = tuple(name for name in asked if name in ours)
+    others = [name for name in asked if name not in (*ours, "none")]
+    if not others:
+        return Part({"track": taken})
+    note = f"track, but not {', '.join(others)}: dpojax has {', '.join(ours)}"
+    return Part({"track": taken}, {"report_to": note})
 
 
 def occasions(values: Mapping[str, Any]) -> Part:

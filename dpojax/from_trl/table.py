@@ -119,6 +119,7 @@ _COURSE = _mapped(
     save_steps="`save_every`",
     save_total_limit="`keep_last`",
     output_dir="`output`",
+    report_to="`track`: tensorboard, wandb, trackio",
 )
 
 _REPORTED = {
@@ -156,7 +157,7 @@ _REPORTED = {
     ),
     **_reported(
         "what is shown and where it goes. Here: `dpojax train --help`",
-        "report_to run_name project trackio_space_id trackio_bucket_id "
+        "run_name project trackio_space_id trackio_bucket_id "
         "trackio_static_space_id log_level log_level_replica log_on_each_node "
         "logging_strategy logging_first_step logging_dir logging_nan_inf_filter "
         "disable_tqdm include_num_input_tokens_seen include_tokens_per_second "

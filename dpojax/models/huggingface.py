@@ -123,7 +123,7 @@ def write_model(
     directory: Path,
     params: Params,
     settings: Mapping[str, Any],
-    write_tokenizer: Callable[[Path], object],
+    write_rest: Callable[[Path], object],
     *,
     generation_settings: Mapping[str, Any] | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -136,7 +136,7 @@ def write_model(
       directory: where; replaced if it exists.
       params: nested dicts of arrays.
       settings: contents of ``config.json``; its dtype is set to that of `params`.
-      write_tokenizer: writes the tokenizer's files into a given directory.
+      write_rest: writes the tokenizer and what else there is into a given directory.
       generation_settings: contents of ``generation_config.json``. None: there is no
         such file, and transformers takes the settings' tokens and its own defaults.
       max_shard_size: most bytes of a file of weights, or a text like "5GB".
@@ -148,7 +148,7 @@ def write_model(
             write_weights(unfinished, tensors, max_shard_size=max_shard_size)
             dtype = next(iter(tensors.values())).dtype
             write_settings(unfinished, settings, str(dtype), generation_settings)
-            write_tokenizer(unfinished)
+            write_rest(unfinished)
     else:
         write_weights(directory, tensors, max_shard_size=max_shard_size)
     wait_for_all(f"wrote {directory}")  # nobody reads before the directory is there

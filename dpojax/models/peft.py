@@ -189,7 +189,7 @@ def write_adapters(
     base: Params,
     settings: Mapping[str, Any],
     base_name: str,
-    write_tokenizer: Callable[[Path], object],
+    write_rest: Callable[[Path], object],
 ) -> None:
     """Writes a directory that PEFT loads; it appears by rename.
 
@@ -202,7 +202,7 @@ def write_adapters(
       base: parameters of the base, or their shapes.
       settings: contents of its ``config.json``.
       base_name: by which the base is found again.
-      write_tokenizer: writes the tokenizer's files into a given directory.
+      write_rest: writes the tokenizer and what else there is into a given directory.
     """
     host = jax.tree.map(gathered, adapters)
     tensors: dict[str, np.ndarray] = {}
@@ -216,7 +216,7 @@ def write_adapters(
         with whole_directory(directory) as unfinished:
             save_file(tensors, unfinished / _WEIGHTS, metadata={"format": "pt"})
             write_config(unfinished, shape, base, settings, base_name)
-            write_tokenizer(unfinished)
+            write_rest(unfinished)
     wait_for_all(f"wrote {directory}")  # nobody reads before the directory is there
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from dpojax.models.functional import Params
 from dpojax.models.weight_files import Index, StoredTensor
 from dpojax.models.weight_places import Place, is_place
+from dpojax.progress import track
 
 _PIECE = 2**24  # bytes of a file that are read at once
 
@@ -55,10 +56,16 @@ def read_weights(
         path: tuple, place: Place, wanted: jax.ShapeDtypeStruct, sharding: Sharding
     ) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return convert(name, _read_array(tensors, place, wanted, sharding))
+        made = convert(name, _read_array(tensors, place, wanted, sharding))
+        advance("", prod(wanted.shape))
+        return made
 
     jax.tree.map(check, places, abstract, is_leaf=is_place)
-    return jax.tree.map_with_path(read, places, abstract, shardings, is_leaf=is_place)
+    num_values = sum(prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+    with track("Reading weights", total=num_values) as advance:
+        return jax.tree.map_with_path(
+            read, places, abstract, shardings, is_leaf=is_place
+        )
 
 
 def _read_array(

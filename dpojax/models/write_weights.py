@@ -20,6 +20,7 @@ from dpojax.models.json_files import write_object
 from dpojax.models.weight_files import INDEX
 from dpojax.models.weight_places import Place, is_place
 from dpojax.processes import gathered, is_first
+from dpojax.progress import track
 
 # What the hub's own tools divide by.
 MAX_SHARD_SIZE = "5GB"
@@ -93,18 +94,20 @@ def write_weights(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    for file, names in split.filename_to_tensors.items():
-        values = {}
-        for name in names:
-            gathered_values = _gather(tensors[name])
+    num_values = sum(tensor.num_values for tensor in tensors.values())
+    with track("Writing weights", total=num_values) as advance:
+        for file, names in split.filename_to_tensors.items():
+            values = {}
+            for name in names:
+                gathered_values = _gather(tensors[name])
+                if is_first():
+                    values[name] = gathered_values
+                advance("", tensors[name].num_values)
             if is_first():
-                values[name] = gathered_values
-        if is_first():
-            save_file(values, directory / file, metadata={"format": "pt"})
-        del values  # before those of the next file
+                save_file(values, directory / file, metadata={"format": "pt"})
+            del values  # before those of the next file
     if split.is_sharded and is_first():
-        total = sum(tensor.num_values for tensor in tensors.values())
-        metadata = {"total_parameters": total} | split.metadata
+        metadata = {"total_parameters": num_values} | split.metadata
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         write_object(directory / INDEX, index)
 

@@ -73,8 +73,8 @@ class Board:
         names = list(dict.fromkeys(n for t in self._trials.values() for n in t.changes))
         table = Table()
         figures = [title for title, _ in _TRAIN + _TEST]
-        for title in ("run", *names, "", *figures):
-            table.add_column(escape(title), justify="right")
+        for title in ("run", *names, "standing", *figures):
+            table.add_column(escape(title), justify="right", overflow="fold")
         for number, trial in self._trials.items():
             changes = [trial.changes.get(name, "") for name in names]
             shown = [_figure(self._train.get(number, {}), name) for _, name in _TRAIN]

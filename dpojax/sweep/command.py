@@ -97,6 +97,11 @@ def _check(config: SweepConfig) -> None:
             "The states of many runs stay on the device; leave out --offload, and "
             "train fewer at one time by --parallel."
         )
+    if set(config.track) - {"tensorboard"}:
+        raise ValueError(
+            "wandb and trackio take one run at a time, and a sweep trains many; give "
+            "--track tensorboard, or none."
+        )
     if config.distributed.method != "none":
         raise ValueError("A sweep is trained by one process; leave out --distributed.")
     if config.keep_last < 2:
@@ -108,13 +113,14 @@ def _check(config: SweepConfig) -> None:
 
 def _make_program(config: SweepConfig, trials: Sequence[Trial]) -> Program:
     mesh = make_mesh(**vars(trials[0].config.mesh))
-    parallel, memory = config.parallel, None
-    if parallel is None and config.search == "halving":
-        # Of so many, two halvings fill programs whole.
-        parallel = math.ceil(len({combination(trial) for trial in trials}) / 4)
-    elif config.memory_limit is not None or jax.default_backend() != "cpu":
-        memory = device_memory(config.memory_limit)
-    program = Program(trials, mesh, parallel, memory)
+    most, memory = config.parallel, None
+    if most is None:
+        if config.memory_limit is not None or jax.default_backend() != "cpu":
+            memory = device_memory(config.memory_limit)
+        if config.search == "halving":
+            # With a quarter at one time, two halvings fill programs whole.
+            most = math.ceil(len({combination(trial) for trial in trials}) / 4)
+    program = Program(trials, mesh, most, memory)
     say(
         f"{len(trials)} runs of {program.num_steps:,} steps, "
         f"{program.width} at one time in one program."

@@ -14,14 +14,22 @@ import tyro
 from dpojax.config import TrainConfig
 
 # What is no property of a run, or is told otherwise.
-_NOT_SWEPT = ("output", "resume", "stop_after", "fit", "memory_limit", "distributed")
+_NOT_SWEPT = (
+    "output",
+    "resume",
+    "stop_after",
+    "fit",
+    "memory_limit",
+    "distributed",
+    "track",
+)
 _NAMES = {"loss": "loss.name", "moving": "moving.kind"}  # of flags that name a group
 
 
 class Point(NamedTuple):
     """A run of the grid."""
 
-    changes: dict[str, str]  # fields and their values, as they were given
+    changes: dict[str, str]  # what is varied, and the values as they were given
     config: TrainConfig
 
 
@@ -53,11 +61,17 @@ def expand(config: TrainConfig, over: Sequence[str], num_seeds: int) -> list[Poi
         for name, values in axes
         for value in values
     }
+    for name, values in axes:
+        meant = [read[name, value] for value in values]
+        for value, one in zip(values, meant, strict=True):
+            if meant.count(one) > 1:
+                raise ValueError(f"--over {name} lists {value} twice; list it once.")
     points = []
     for values in product(*(values for _, values in axes)):
-        changes, settings = dict(zip(dict(axes), values, strict=True)), config
-        for change in changes.items():
-            settings = _with(settings, change[0], read[change])
+        settings, changes = config, {}
+        for (name, _), value in zip(axes, values, strict=True):
+            settings = _with(settings, name, read[name, value])
+            changes[_flag(name)] = value
         points.append(Point(changes, settings))
     return points
 
@@ -70,11 +84,7 @@ def _axis(config: TrainConfig, text: str) -> tuple[str, list[str]]:
         raise ValueError(
             f"--over {text} is no field with values; write --over loss.beta=0.1,0.5."
         )
-    name = _field(config, given)
-    for value in values:
-        if values.count(value) > 1:
-            raise ValueError(f"--over {given} lists {value} twice; list it once.")
-    return name, values
+    return _field(config, given), values
 
 
 def _field(config: TrainConfig, given: str) -> str:
@@ -108,10 +118,14 @@ def _with(settings: Any, name: str, value: Any) -> Any:
     return replace(settings, **{first: within})
 
 
+def _flag(name: str) -> str:
+    """A field as its flag calls it, without dashes."""
+    return {whole: short for short, whole in _NAMES.items()}.get(name, name)
+
+
 def _read(config: TrainConfig, name: str, value: str) -> Any:
     """A value as the flag of that name takes it in `dpojax train`."""
-    flags = {whole: short for short, whole in _NAMES.items()}
-    flag = "--" + flags.get(name, name).replace("_", "-")
+    flag = "--" + _flag(name).replace("_", "-")
     arguments = [f"{flag}={value}"]  # a negative number is a value too
     try:
         settings: Any = tyro.cli(

@@ -36,7 +36,7 @@ class Program:
         self,
         trials: Sequence[Trial],
         mesh: Mesh,
-        parallel: int | None,
+        most: int | None,
         memory: float | None,
     ):
         """Loads what they share, and finds how many are trained at one time.
@@ -44,8 +44,8 @@ class Program:
         Args:
           trials: the runs.
           mesh: where everything is.
-          parallel: so many; None: those of a seed, or what the memory holds of them.
-          memory: bytes of a device; None: not known.
+          most: so many at most; None: those of a seed.
+          memory: bytes of a device that must hold them; None: not to be asked.
 
         Raises:
           ValueError: for models and data that cannot be; if not even one run fits.
@@ -78,10 +78,8 @@ class Program:
             movement=movement,
             shapes=some[0].shapes._replace(running=running),
         )
-        most = max(map(len, _by_seed(trials)))
-        self.width = most if parallel is None else min(parallel, most)
-        if parallel is None and memory is not None:
-            self.width = self._fitting(most, memory)
+        most = min(max(map(len, _by_seed(trials))), most or len(trials))
+        self.width = most if memory is None else self._fitting(most, memory)
         self.stacked = self._make(num_lanes=self.width)
         loaded, test = self.material.loaded, self.material.test
         self.sampled = make_sample_writer(

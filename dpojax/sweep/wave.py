@@ -16,6 +16,7 @@ import numpy as np
 from dpojax.batch import Batch
 from dpojax.evaluation import Assessed, assess_all, conclude
 from dpojax.journal import Journal
+from dpojax.model_card import facts
 from dpojax.not_finite import Case, explain
 from dpojax.processes import gathered
 from dpojax.progress import say
@@ -34,6 +35,7 @@ from dpojax.sweep.standing import (
     mark_diverged,
     newest_step,
 )
+from dpojax.trackers import Trackers
 from dpojax.train_step import TrainState
 
 IsPreempted = Callable[[int], bool]
@@ -98,15 +100,18 @@ class Lane:
         if step == 0:
             place.begin(self.trial.config, material.loaded)
             write_skipped(directory, material.skipped)
-        number = self.trial.number
+        number, rates = self.trial.number, self.training.learning_rates
+        counts = {"training": len(material.train), "held out": len(material.test)}
+        about = facts(config, material.loaded.base, num_examples=counts, rates=rates)
         self.journal = Journal(
             directory,
             self.trial.config,
             self.course,
-            self.training.learning_rates,
-            program.note(self.trial),
+            rates,
+            program.note(self.trial) | {"facts": about},
             step,
             program.sampled,
+            opened.enter_context(Trackers(config.track)),
             board.teller(number),
             lambda text: say(f"run {number}  {text}"),
         )

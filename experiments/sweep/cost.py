@@ -122,7 +122,7 @@ def _compiled(config: PlanConfig, mesh: Mesh, runs: int) -> dict[str, Any]:
 
 
 def time_all(args: argparse.Namespace) -> None:
-    """Seconds of a step of all runs at once, and of one run's."""
+    """CPU seconds of a step of all runs at once, and of one run's."""
     mesh = make_mesh()
     config = replace(
         PlanConfig(lora=LORA),
@@ -168,13 +168,13 @@ def _times(
 
 
 def _seconds(step: Callable[[Any], Any], state: Any, steps: int) -> float:
-    """The median, compilation left out."""
+    """The median of the process's CPU seconds, compilation left out."""
     times = []
     for _ in range(steps + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         state, sums = step(state)
         jax.block_until_ready(sums)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return statistics.median(times[1:])
 
 
