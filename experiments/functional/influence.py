@@ -2,9 +2,9 @@
 
 Claim: of training pairs of which 20 % have flipped labels, those that the influence
 function finds to lower the margin of clean held-out pairs are the flipped ones (AUC
-above 0.8), and without the worst 5 % of them held-out accuracy is higher.
+above 0.8). README.md beside this file says what their removal changes.
 Command: python experiments/functional/influence.py --output runs/functional
-Hardware, time and result: README.md beside this file.
+Hardware, time and result: there.
 
 A pair's influence is what its presence changes in the mean margin of the held-out
 pairs, to first order and with a Gauss-Newton matrix for the Hessian (Koh and Liang
