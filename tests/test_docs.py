@@ -25,6 +25,10 @@ from dpojax.user_code import load_names
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {path.name: path.read_text("utf-8") for path in [ROOT / "README.md", *PAGES]}
+FENCED = re.compile(
+    r"^ *```(?P<language>\w*)\n(?P<block>.*?)^ *```$", re.DOTALL | re.MULTILINE
+)
+SHELL = ("", "bash")
 HOOKS = load_names(ROOT / "docs" / "hooks.py", "hooks")
 
 
@@ -32,8 +36,9 @@ def blocks(languages: str) -> list[Any]:
     return [
         pytest.param(block, id=f"{name}:{text[: found.start()].count(chr(10)) + 1}")
         for name, text in TEXTS.items()
-        for found in re.finditer(rf"```({languages})\n(.*?)```", text, re.DOTALL)
-        for block in [found.group(2)]
+        for found in FENCED.finditer(text)
+        if re.fullmatch(languages, found["language"])
+        for block in [found["block"]]
     ]
 
 
@@ -41,9 +46,9 @@ def commands() -> list[Any]:
     """Whole commands of dpojax; one with … is the beginning of one."""
     found = {}
     for name, text in TEXTS.items():
-        for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL):
-            lines = block.replace("\\\n", " ").splitlines()
-            for line in lines:
+        shell = (b["block"] for b in FENCED.finditer(text) if b["language"] in SHELL)
+        for block in shell:
+            for line in block.replace("\\\n", " ").splitlines():
                 command = re.match(r"(?:\$ )?dpojax +(\w.*?)(?: +#.*)?$", line)
                 if command and "…" not in line and "$" not in command.group(1):
                     found[command.group(1)] = name
