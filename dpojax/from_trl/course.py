@@ -106,9 +106,7 @@ def _rule(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warmup(values: Mapping[str, Any], schedule: str) -> float:
-    if (
-        schedule == "constant"
-    ):  # in transformers it has no warm-up whatever else is said
+    if schedule == "constant":  # in transformers without warm-up, whatever is said
         return 0
     steps, share = number(values, "warmup_steps"), number(values, "warmup_ratio")
     return steps if steps else share  # transformers: steps win where both are given

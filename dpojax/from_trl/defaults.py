@@ -32,7 +32,7 @@ _EVERY = {
     "save_steps": 500,
     "save_total_limit": None,
     "output_dir": None,
-    "report_to": [],
+    "report_to": "none",
     "model_name_or_path": None,
     "max_length": 1024,
     "max_seq_length": None,
