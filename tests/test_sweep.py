@@ -409,7 +409,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sweeps
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whatever_runs_share_each_is_the_run_alone(
     config: TrainConfig, tmp_path: Path, variant: str
@@ -424,7 +424,7 @@ def test_whatever_runs_share_each_is_the_run_alone(
     assert_same_run(tmp_path / "sweep" / "0", alone)
 
 
-@pytest.mark.slow
+@pytest.mark.sweeps
 def test_runs_that_do_not_fit_the_memory_together_are_trained_in_fewer(
     config: TrainConfig, tmp_path: Path
 ):
@@ -485,7 +485,7 @@ for name, more in (("lora", lora), ("full", [])):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweeps
 def test_on_one_device_a_run_of_a_sweep_is_the_run_alone(place: Path, tmp_path: Path):
     """By the command line, in a process of its own; the other tests have four."""
     environment = os.environ | {"XLA_FLAGS": " ".join(quick_flags())}
