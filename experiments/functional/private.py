@@ -1,6 +1,6 @@
 """Differentially private DPO: per-example clipping, noise, and an accountant.
 
-Claim: none yet on accuracy; the printed epsilon holds for the run as it is made.
+Claim: none on accuracy; the printed epsilon holds for the run as it is made.
 Command: pip install -e '.[experiments]', then
 python experiments/functional/private.py --output runs/functional
 Hardware, time and result: README.md beside this file.
