@@ -54,16 +54,21 @@ class MetricsFile:
 
     def lines(self) -> Iterator[Line]:
         """Every line that is there, as `write` was given it."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        for line in text.splitlines():
-            values = json.loads(line)
-            yield values.pop("step"), values.pop("split"), values
+        return read_lines(self.path)
 
     @only_first
     def keep(self) -> None:
         """Returns when all lines would survive the machine's sudden end too."""
         with self.path.open("a", encoding="utf-8") as file:
             reach_disk(file)
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of metrics of a file, which need not be there."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for line in text.splitlines():
+        values = json.loads(line)
+        yield values.pop("step"), values.pop("split"), values
 
 
 def _rounded(value: float) -> float | None:

@@ -155,14 +155,19 @@ def make_new_adapters(config: LoraConfig) -> NewAdapters | None:
     return new_adapters
 
 
+def largest_learning_rate(config: OptimizerConfig, default_rate: float) -> float:
+    """That of the settings; where they have none, the default."""
+    return default_rate if config.learning_rate is None else config.learning_rate
+
+
 def configured_schedule(
     config: OptimizerConfig, default_rate: float, num_steps: int
 ) -> optax.Schedule:
     """The learning rate at each step of a run."""
-    warmup, rate = config.warmup_steps, config.learning_rate
+    warmup = config.warmup_steps
     return make_schedule(
         config.schedule,
-        learning_rate=default_rate if rate is None else rate,
+        learning_rate=largest_learning_rate(config, default_rate),
         num_steps=num_steps,
         warmup_steps=math.ceil(warmup * num_steps if warmup < 1 else warmup),
     )

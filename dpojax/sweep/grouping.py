@@ -6,6 +6,7 @@ seed; what else differs makes another program, or other data. This file reads se
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from dpojax.config import LossConfig, TrainConfig
@@ -25,6 +26,12 @@ class Trial(NamedTuple):
     changes: dict[str, str]  # how it differs from the others
     config: TrainConfig
     loss: Loss
+
+    @property
+    def directory(self) -> Path:
+        """Where it writes."""
+        assert self.config.output is not None  # `as_trials` names one
+        return Path(self.config.output)
 
 
 def as_trials(points: Sequence[Point], output: str) -> list[Trial]:

@@ -10,12 +10,11 @@ References:
   Optimization, 2016, arXiv:1502.07943, algorithm 1.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from dpojax.metrics_file import read_lines
 from dpojax.sweep.grouping import Trial
 
 _SCORE, _TIES = "rewards/accuracies", "rewards/margins"
@@ -69,10 +68,8 @@ def combination(trial: Trial) -> tuple[tuple[str, str], ...]:
 
 def _score(trial: Trial, step: int) -> tuple[float, float]:
     """Held-out accuracy, then margin; a run without either comes last."""
-    assert trial.config.output is not None
-    path = Path(trial.config.output) / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    test = [row for row in rows if (row["step"], row["split"]) == (step, "test")]
+    lines = read_lines(trial.directory / "metrics.jsonl")
+    test = [values for at, split, values in lines if (at, split) == (step, "test")]
     values = test[-1] if test else {}
     return _number(values.get(_SCORE)), _number(values.get(_TIES))
 

@@ -6,7 +6,6 @@ This file reads settings; it knows no loop.
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from dpojax.held_out_samples import make_sample_writer
 from dpojax.material import load_material
 from dpojax.measure import Measured
 from dpojax.policy import Policy, default_learning_rate, of_seed
+from dpojax.prepare import largest_learning_rate
 from dpojax.reference import Params
 from dpojax.reference_setting import make_movement
 from dpojax.resume import abstract, make_note
@@ -136,7 +136,7 @@ class Program:
         every = [*trials, *[trials[0]] * (self.width - len(trials))]
         return as_lanes(
             [self._numbers[trial.config.loss] for trial in every],
-            [self._peak_learning_rate(trial) for trial in every],
+            [self._learning_rate(trial) for trial in every],
         )
 
     def whole(self, trained: Params, trial: Trial) -> tuple[Params, Params | None]:
@@ -144,11 +144,9 @@ class Program:
         policy = self._policy(trial)
         return policy.whole(trained), policy.reference
 
-    def _peak_learning_rate(self, trial: Trial) -> float:
-        given = trial.config.optimizer.learning_rate
-        if given is None:
-            return default_learning_rate(trial.loss, self.material.loaded)
-        return given
+    def _learning_rate(self, trial: Trial) -> float:
+        default = default_learning_rate(trial.loss, self.material.loaded)
+        return largest_learning_rate(trial.config.optimizer, default)
 
     def _policy(self, trial: Trial) -> Policy:
         seed = trial.config.seed
@@ -182,12 +180,6 @@ class Program:
         lanes, frozen = as_lanes([0] * width, [0.0] * width), self.frozen
         frozen = jax.tree.map(abstract, frozen)
         return stacked.step.lower(stacked.shapes, lanes, frozen, batch).compile()
-
-
-def directory_of(trial: Trial) -> Path:
-    """Where a run writes."""
-    assert trial.config.output is not None
-    return Path(trial.config.output)
 
 
 def _by_seed(trials: Sequence[Trial]) -> list[list[Trial]]:

@@ -26,7 +26,7 @@ from dpojax.sharding import put_ahead
 from dpojax.step_log import NotFinite
 from dpojax.sweep.board import Board
 from dpojax.sweep.grouping import Trial
-from dpojax.sweep.program import Program, directory_of
+from dpojax.sweep.program import Program
 from dpojax.sweep.standing import (
     go_back_to,
     has_begun,
@@ -61,7 +61,7 @@ def train_wave(
     Returns:
       Whether it was told to end.
     """
-    directories = [directory_of(trial) for trial in trials]
+    directories = [trial.directory for trial in trials]
     directories = [one for one in directories if not has_diverged(one)]
     if all(map(is_finished, directories)):
         return False
@@ -94,7 +94,7 @@ class Lane:
         self, program: Program, step: int, board: Board, opened: ExitStack
     ) -> None:
         """Opens the run's directory, which a new run gets now."""
-        directory, material = directory_of(self.trial), program.material
+        directory, material = self.trial.directory, program.material
         config = replace(self.trial.config, resume=has_begun(directory))
         place = opened.enter_context(open_directory(config))
         if step == 0:
@@ -160,7 +160,7 @@ class Wave:
         self._lanes = [  # those that are no number any more leave
             Lane(program, number, trial)
             for number, trial in enumerate(trials)
-            if not has_diverged(directory_of(trial))
+            if not has_diverged(trial.directory)
         ]
         self._values = program.lanes(trials)
         self._state = program.stacked.empty()
