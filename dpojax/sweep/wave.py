@@ -251,7 +251,7 @@ class Wave:
 
     def _put(self, number: int, state: TrainState) -> None:
         """Gives a lane its state; statistics of losses that it lacks stay."""
-        running = self._program.stacked.take(self._state, number).running
+        running = jax.tree.map(lambda array: array[number], self._state.running)
         whole = state._replace(running=running | state.running)
         self._state = self._program.stacked.put(self._state, number, whole)
 
