@@ -42,6 +42,7 @@ from dpojax.run import run
 from dpojax.sharding import make_mesh
 from dpojax.sweep import command
 from dpojax.sweep.command import sweep
+from dpojax.sweep.extent import Extent, blocks, extent_of, extents
 from dpojax.sweep.grid import expand
 from dpojax.sweep.grouping import as_trials, in_programs
 from dpojax.sweep.halving import rungs
@@ -186,6 +187,17 @@ def test_runs_share_a_program_unless_the_model_the_data_or_the_optimiser_differ(
     assert programs("loss=dpo,ipo", seeds=2, lora=dropped) == [[0, 2], [1, 3]]
 
 
+def test_runs_are_split_into_the_fewest_parts_of_as_few_seeds_as_can_be():
+    """Of two seeds with eight runs each three parts of six are fewer than four."""
+    found = extents(Extent(2, 8))
+    assert found[:4] == [(2, 8), (1, 8), (2, 4), (2, 3)]
+    assert {(1, 4), (1, 1)} < set(found) and found[-1] == (1, 1)
+    points = expand(TrainConfig(), ("loss.beta=1,2,3",), 3)
+    parts = blocks(as_trials(points, "here"), Extent(2, 2))
+    numbers = [[[one.number for one in some] for some in part] for part in parts]
+    assert numbers == [[[0, 3], [1, 4]], [[6], [7]], [[2, 5]], [[8]]]
+
+
 @pytest.mark.parametrize(
     ("num", "width", "steps", "expected"),
     [(8, 2, 80, [20, 40]), (8, 8, 80, []), (6, 2, 100, [30, 50]), (3, 2, 7, [5])],
@@ -296,10 +308,10 @@ def test_with_adapters_a_reference_costs_one_pass_however_many_runs_there_are():
             num_steps=9,
             movement=None,
             shapes=shapes,
-            num_lanes=runs,
+            extent=Extent(1, runs),
         )
-        lanes = as_lanes([0] * runs, [1e-5] * runs)
-        batch = first_batch(how, loss, examples, 4)
+        lanes = as_lanes([[0] * runs], [[1e-5] * runs])
+        batch = jax.tree.map(lambda x: x[None], first_batch(how, loss, examples, 4))
         lowered = stacked.step.lower(stacked.shapes, lanes, policy.frozen, batch)
         found = lowered.cost_analysis()
         assert found is not None
@@ -431,13 +443,14 @@ def test_runs_that_do_not_fit_the_memory_together_are_trained_in_fewer(
     """A memory between what one run needs and what two do; then less than one."""
     points, mesh = expand(config, (LOSSES,), 1), make_mesh()
     trials = as_trials(points, str(tmp_path / "sweep"))
-    program = Program(trials, mesh, None, None)
-    one, two = (needed(partial(program.compile_step, width)) for width in (1, 2))
-    assert program.width == 2 and one < two
-    split = Program(trials, mesh, None, (one + two) / 2 / SHARE)
-    assert split.width == 1 and split.waves(trials) == [[trials[0]], [trials[1]]]
+    both, single = extents(extent_of(trials))
+    program = Program(trials, mesh, (both,), None)
+    one, two = (needed(partial(program.compile_step, some)) for some in (single, both))
+    assert one < two
+    split = Program(trials, mesh, (both, single), (one + two) / 2 / SHARE)
+    assert split.extent == single
     with pytest.raises(ValueError, match="Not even one run fits"):
-        Program(trials, mesh, None, one / 2)
+        Program(trials, mesh, (both, single), one / 2)
     assert not (tmp_path / "sweep").exists()
 
 
