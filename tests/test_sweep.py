@@ -107,7 +107,7 @@ LOSSES = "loss=dpo,bco_pair"  # of which one keeps statistics
 @pytest.fixture(scope="module")
 def swept(config: TrainConfig, place: Path) -> Path:
     tracked = replace(config, track=("tensorboard",))
-    return sweep(as_sweep(tracked, place / "swept", over=(LOSSES,)))
+    return sweep(as_sweep(tracked, place / "swept", over=(LOSSES,), seeds=2))
 
 
 # -- Settings -------------------------------------------------------------------------
@@ -329,38 +329,39 @@ def test_with_adapters_a_reference_costs_one_pass_however_many_runs_there_are():
 def test_a_sweep_that_is_told_to_end_and_goes_on_leaves_the_same_bits(
     swept: Path, config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    stopped = as_sweep(config, place / "stopped", over=(LOSSES,))
+    stopped = as_sweep(config, place / "stopped", over=(LOSSES,), seeds=2)
     with monkeypatch.context() as patch:
         patch.setattr(
             command, "preemption", partial(nullcontext, lambda step: step == 4)
         )
         sweep(stopped)
-    for number in (0, 1):
+    for number in range(4):
         assert (place / "stopped" / str(number) / "checkpoints" / "4").is_dir()
     with pytest.raises(ValueError, match="is another sweep"):
-        sweep(replace(stopped, seeds=2, resume=True))
+        sweep(replace(stopped, seeds=3, resume=True))
     # As if it was killed while one run wrote: all go back to what all of them have.
     shutil.rmtree(place / "stopped" / "1" / "checkpoints" / "4")
     sweep(replace(stopped, resume=True))
-    for number in (0, 1):
+    for number in range(4):
         assert files_of(place / "stopped", number) == files_of(swept, number)
 
 
 def test_a_run_of_a_sweep_is_a_run_that_can_be_repeated_and_resumed_alone(
     swept: Path, place: Path
 ):
-    again = load_names(swept / "1" / "config.py", "config")["config"]()
+    """The one that differs from the first in its loss and in its seed."""
+    again = load_names(swept / "3" / "config.py", "config")["config"]()
     alone = run(replace(again, output=str(place / "alone"))).directory
-    assert_same_run(swept / "1", alone)
-    shutil.copytree(swept / "1", place / "copied")
+    assert_same_run(swept / "3", alone)
+    shutil.copytree(swept / "3", place / "copied")
     shutil.rmtree(place / "copied" / "checkpoints" / "6")
     resumed = run(replace(again, output=str(place / "copied"), resume=True))
     assert resumed.step == 6
-    assert_same_run(swept / "1", resumed.directory)
+    assert_same_run(swept / "3", resumed.directory)
 
 
 def test_each_run_of_a_sweep_has_its_own_card_and_tracker(swept: Path):
-    for number, loss in enumerate(("dpo", "bco_pair")):
+    for number, loss in enumerate(("dpo", "dpo", "bco_pair", "bco_pair")):
         card = (swept / str(number) / "final" / "README.md").read_text("utf-8")
         assert "dpojax train" in card and f"- `{loss}`: " in card
         events, lines = (of(swept / str(number)) for of in (events_of, lines_of))
