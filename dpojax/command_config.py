@@ -76,7 +76,7 @@ class SweepConfig(TrainConfig):
     seeds: int = 1
     """Seeds of each combination, from `seed` on."""
     parallel: int | None = None
-    """Runs trained at one time. Default: as many of a seed as fit the memory."""
+    """The most runs trained at one time. Default: as many as fit the memory."""
     search: Literal["all", "halving"] = "all"
     """Train all to the end; or keep the better half at rungs, until one program's."""
 
