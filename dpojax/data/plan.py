@@ -133,7 +133,8 @@ def fill_alike(batches: Sequence[Lengths], shape: Shape) -> tuple[list[Rows], in
         large = shape._replace(small=None)
         filled = [fill_shape(lengths, large) for lengths in batches]
     num_rows, row_length = max(len(rows) for rows, _ in filled), filled[0][1]
-    return [rows + [[]] * (num_rows - len(rows)) for rows, _ in filled], row_length
+    padded = [rows + [[] for _ in range(num_rows - len(rows))] for rows, _ in filled]
+    return padded, row_length
 
 
 def _fit(lengths: Lengths, row_length: int, num_slots: int) -> Rows | None:
