@@ -130,7 +130,7 @@ def continued(config: TrainConfig) -> None:
 
 def make_oracle(output: Path, size: Size) -> Oracle:
     """The classifier, and its accuracy on reviews that it has not seen."""
-    path = output / "oracle.pickle"
+    path = output / "oracle.npz"
     if not path.exists():
         say("Fitting the oracle")
         oracle = fit_oracle(read_reviews(IMDB / "train.jsonl.gz", size.num_reviews))
