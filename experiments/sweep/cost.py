@@ -51,6 +51,7 @@ def main() -> None:
     compiled.add_argument("--topology", default="v5e:2x2")
     compiled.add_argument("--pairs", type=int, default=4, help="of a step")
     compiled.add_argument("--remat", default="full")
+    compiled.add_argument("--layers", type=int, help="that have adapters: the last")
     compiled.add_argument("--runs", type=int, nargs="+", default=[1, 2, 8])
     timed = commands.add_parser("time")
     timed.add_argument("--shape", default="4x256")
@@ -66,7 +67,7 @@ def compile_all(args: argparse.Namespace) -> None:
     devices = topologies.get_topology_desc(args.topology, platform="tpu").devices
     mesh = make_mesh(devices=tuple(devices))
     config = PlanConfig(
-        lora=LORA,
+        lora=replace(LORA, layers=args.layers),
         remat=args.remat,
         shape=ShapeConfig(name=args.shape),
         compute_dtype="bfloat16",
