@@ -140,6 +140,7 @@ def _matches(target: str, module: Module) -> bool:
         missed = module.names[layers.index(False)]
         raise ValueError(
             f"The LoRA target {target!r} does not match {missed}; adapters are given "
-            "to a projection in every layer or in none."
+            "to a projection in every layer, in the last ones by --lora.layers, or in "
+            "none."
         )
     return all(layers)
