@@ -144,8 +144,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ()
     """all-linear, names such as q_proj, or a regular expression. Default: the first."""
     layers: int | None = None
-    """Only the last so many layers have adapters; those below pass once. Default: all.
-    """
+    """Only the last so many layers have adapters. Default: all."""
     kind: Literal["lora", "dora"] | None = None
     """LoRA, or DoRA with magnitudes of outputs. Default: lora."""
     scaling: Literal["standard", "rslora"] | None = None
