@@ -2,6 +2,7 @@
 
     pip install -e '.[plan]'
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python experiments/sweep/cost.py compile
+    python experiments/sweep/cost.py compile --layers 6 --runs 1 8
     python experiments/sweep/cost.py time
 
 `compile` builds, from shapes alone, the step of one LoRA run and that of several for a
