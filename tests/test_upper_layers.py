@@ -185,6 +185,7 @@ def test_policy_and_reference_of_all_runs_pass_the_trunk_once(runs: int, parts: 
         states = jax.eval_shape(state, jax.random.key(0))
     lowered = jax.jit(step).lower(states, Frozen(model.params), make_batch())
     text = lowered.compile().as_text()
+    assert text is not None
     turns = Counter(map(int, re.findall(r'known_trip_count":\{"n":"(\d+)"', text)))
     assert turns == {TRUNK: 1, ADAPTED: 3} | ({parts: 1} if parts > 1 else {})
 

@@ -80,8 +80,8 @@ def end_layers(
         return body(carry, (block, layer))
 
     upper = jax.tree.map(lambda array: array[depth.trunk :], layers)
-    pass_one = rematerialize_indexed(pass_one, depth.remat)
-    carry, kept = jax.lax.scan(pass_one, begun.carry, (adapters, upper))
+    remat_body = rematerialize_indexed(pass_one, depth.remat)
+    carry, kept = jax.lax.scan(remat_body, begun.carry, (adapters, upper))
     return carry, jax.tree.map(lambda *two: jnp.concatenate(two), begun.kept, kept)
 
 
