@@ -250,15 +250,14 @@ def _times(taken: Taken, measured: list[Step]) -> Figures:
 def _flops(
     measured: list[Step], loss: Loss, loaded: Loaded, policy: Policy
 ) -> list[float]:
-    adapters = None
-    if loaded.model.lora is not None:
-        adapters = num_parameters(policy.trained)
+    config, lora = loaded.model.config, loaded.model.lora
     return [
         step_flops(
-            loaded.model.config,
+            config,
             step.batch,
             has_reference="reference" in loss.needs and step.batch.reference is None,
-            adapter_size=adapters,
+            adapter_size=None if lora is None else num_parameters(policy.trained),
+            trunk=0 if lora is None else lora.trunk(config.num_layers),
         )
         for step in measured
     ]

@@ -143,6 +143,8 @@ class LoraConfig:
     """Over the rank, the scale of what adapters add. Default: 32 (TRL)."""
     targets: tuple[str, ...] = ()
     """all-linear, names such as q_proj, or a regular expression. Default: the first."""
+    layers: int | None = None
+    """Only the last so many layers have adapters. Default: all."""
     kind: Literal["lora", "dora"] | None = None
     """LoRA, or DoRA with magnitudes of outputs. Default: lora."""
     scaling: Literal["standard", "rslora"] | None = None

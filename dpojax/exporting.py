@@ -16,6 +16,12 @@ from dpojax.connecting import connect
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.loading import load_model, load_reward_model, new_directory
 from dpojax.model_card import make_card, make_short_card, with_card
+from dpojax.models.adapter_config import (
+    has_score,
+    is_adapter,
+    read_base_name,
+    shape_by_targets,
+)
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
@@ -25,7 +31,6 @@ from dpojax.models.huggingface import (
     write_model,
 )
 from dpojax.models.lora import graft, merge_adapters, split_adapters
-from dpojax.models.peft import has_score, is_adapter, read_base_name, shape_by_targets
 from dpojax.placing import Keeping
 from dpojax.policy import write_trained
 from dpojax.processes import decided_by_first

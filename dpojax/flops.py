@@ -69,7 +69,7 @@ def matrix_size(config: DecoderConfig) -> int:
     return attention + (3 if config.mlp == "gated" else 2) * width * config.mlp_width
 
 
-def forward_flops(config: DecoderConfig, batch: Batch) -> Forward:
+def forward_flops(config: DecoderConfig, batch: Batch, first: int = 0) -> Forward:
     """FLOPs of hidden states and the logits of scored positions.
 
     ``projections = 2 layers matrix_size positions``;
@@ -80,18 +80,16 @@ def forward_flops(config: DecoderConfig, batch: Batch) -> Forward:
     Args:
       config: the model's shape.
       batch: its rows, on the host.
+      first: only layers from this one on are counted.
     """
     per_pair = 4 * config.num_heads * config.head_dimension
-    windows = layer_windows(config)
+    windows = layer_windows(config)[first:]
     pairs = {window: visible_pairs(batch, window) for window in set(windows)}
     outputs = config.vocabulary_size * np.count_nonzero(batch.scored)
     if config.head == "score":
         outputs = np.count_nonzero(batch.completion_length)
     return Forward(
-        projections=2.0
-        * config.num_layers
-        * matrix_size(config)
-        * num_positions(batch),
+        projections=2.0 * len(windows) * matrix_size(config) * num_positions(batch),
         attention=float(per_pair * sum(pairs[window] for window in windows)),
         head=2.0 * config.width * outputs,
     )
@@ -103,6 +101,7 @@ def step_flops(
     *,
     has_reference: bool,
     adapter_size: int | None = None,
+    trunk: int = 0,
 ) -> float:
     """FLOPs of a train step: forward, backward, and the reference's forward pass.
 
@@ -110,18 +109,21 @@ def step_flops(
     has two products for each of the forward pass, one for either factor's gradient.
     Where only adapters are trained, matrices get no gradient: ``2 projections + 3
     attention + 2 head``, and ``3 * 2 adapter_size positions``. A reference adds ``F``.
+    Layers below all adapters take one forward pass, which is the reference's too.
 
     Args:
       config: the model's shape.
       batch: its rows, on the host.
       has_reference: whether the reference's log-probabilities are computed in the step.
       adapter_size: numbers in all adapters, if they alone are trained; None: all is.
+      trunk: layers below all adapters.
     """
-    forward = forward_flops(config, batch)
+    forward = forward_flops(config, batch, trunk)
+    below = sum(forward_flops(config, batch)) - sum(forward)
     if adapter_size is None:
         trained = 3 * sum(forward)
     else:
         adapters = 2.0 * adapter_size * num_positions(batch)
         frozen = forward.projections + forward.head
         trained = 2 * frozen + 3 * (forward.attention + adapters)
-    return trained + (sum(forward) if has_reference else 0)
+    return below + trained + (sum(forward) if has_reference else 0)

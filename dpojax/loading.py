@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dpojax.data.packing import Example, end_as_input
 from dpojax.data.tokenize import Tokenizer, check_vocabulary, load_tokenizer
+from dpojax.models.adapter_config import has_score, is_adapter, read_base_name
 from dpojax.models.decoder import DecoderConfig, Model, make_model
 from dpojax.models.families import as_decoder_config, as_reward_settings
 from dpojax.models.functional import Params
@@ -21,13 +22,7 @@ from dpojax.models.huggingface import (
     read_settings,
 )
 from dpojax.models.lora import LoraShape, graft, split_adapters
-from dpojax.models.peft import (
-    adapter_files,
-    has_score,
-    is_adapter,
-    read_base_name,
-    read_shape,
-)
+from dpojax.models.peft import adapter_files, read_shape
 from dpojax.models.weight_files import find_tensors
 from dpojax.placing import (
     Keeping,

@@ -29,7 +29,12 @@ from dpojax.vocabulary.tiles import TILE, Wanted
 Params = Any
 # (params, batch) -> hidden states [rows, length, width], and the output matrix
 # [vocabulary, width] or a `Head`
-Apply = Callable[[Params, Batch], tuple[Array, Any]]
+Apply = Callable[..., tuple[Array, Any]]
+
+
+# (params, batch) -> what its layers have in common with the reference's, as a third
+# argument of `Apply`; or None
+Begin = Callable[[Params, Batch], Any]
 
 
 # Of the policy, over the tokens of completions; in TRL's names.
@@ -65,6 +70,7 @@ def make_measure(
     chunk_size: int = 512,
     tile_size: int = TILE,
     spread: Spread = ALONE,
+    begin: Begin = lambda params, batch: None,
 ) -> Measure:
     """Builds the function that measures completions.
 
@@ -75,6 +81,8 @@ def make_measure(
       chunk_size: positions of each shard whose logits exist at one time.
       tile_size: tokens of the vocabulary whose logits do.
       spread: the mesh that rows and output matrix are divided over.
+      begin: gives what of the policy's pass is the reference's too, and is computed
+        once: of adapters in upper layers, the layers below them.
 
     Returns:
       ``measure(params, reference, batch)``. Where the batch brings the reference's
@@ -118,7 +126,9 @@ def make_measure(
         return {"reference": whole, "reference_prefix": prefix}
 
     def measure(params: Params, reference: Params | None, batch: Batch) -> Measured:
-        policy = apply(params, batch)
+        begun = begin(params, batch)
+        complete = apply if begun is None else lambda *of: apply(*of, begun)
+        policy = complete(params, batch)
         routing = as_head(policy[1]).routing
         length, score = map(jnp.asarray, (batch.completion_length, batch.score))
         if "reward_head" in needs:
@@ -128,7 +138,7 @@ def make_measure(
         if _takes_parameters(needs, reference, batch):
             # The same function of other parameters: at step 0 the log-ratio is exactly
             # 0.
-            frozen = jax.lax.stop_gradient(apply(reference, batch))
+            frozen = jax.lax.stop_gradient(complete(reference, batch))
         other = frozen if "token_kl" in needs else None
         found = token_values(
             *policy, batch, wanted=frozenset(wanted), other=other, **how

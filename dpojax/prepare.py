@@ -23,7 +23,7 @@ from dpojax.losses.make import Loss, make_loss, split_terms
 from dpojax.losses.objective import Objective
 from dpojax.losses.table import OBJECTIVES
 from dpojax.measure import check_token_metrics
-from dpojax.models.adapter_modules import choose_modules
+from dpojax.models.adapter_modules import as_last_layers, choose_modules
 from dpojax.models.lora import LoraShape
 from dpojax.optimizer import make_optimizer, make_schedule
 from dpojax.precision import LARGEST_FLOAT
@@ -127,8 +127,8 @@ def make_new_adapters(config: LoraConfig) -> NewAdapters | None:
     if not 0 <= config.dropout < 1:
         raise ValueError(f"lora.dropout is {config.dropout}; it must be in [0, 1).")
     if config.rank is None:
-        names = ("alpha", "targets", "kind", "scaling")
-        given = [name for name in names if vars(config)[name]]
+        names = ("alpha", "targets", "layers", "kind", "scaling")
+        given = [name for name in names if vars(config)[name] not in (None, ())]
         if given:
             raise ValueError(
                 f"--lora.{given[0]} describes new adapters; it needs --lora.rank too."
@@ -150,6 +150,7 @@ def make_new_adapters(config: LoraConfig) -> NewAdapters | None:
             alpha=alpha,
             kind=config.kind or "lora",
             scaling=config.scaling or "standard",
+            layers=as_last_layers(config.layers, base),
         )
 
     return new_adapters

@@ -31,8 +31,8 @@ from dpojax.config import TrainConfig
 from dpojax.data.bad_records import Skipped
 from dpojax.data.tokenize import Tokenizer
 from dpojax.loading import Loaded, new_directory
+from dpojax.models.adapter_config import write_config
 from dpojax.models.huggingface import write_settings
-from dpojax.models.peft import write_config
 from dpojax.processes import decided_by_first, only_first, wait_for_all
 from dpojax.provenance import shared_settings
 from dpojax.whole_files import (

@@ -111,6 +111,8 @@ def configured_measure(
         token_metrics=config.token_metrics,
         chunk_size=config.chunk_size,
         spread=Spread(mesh),
+        # A reference of adapters has their base, so that both begin alike.
+        begin=loaded.model.begin,
     )
 
 

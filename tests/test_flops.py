@@ -72,6 +72,18 @@ def test_by_hand_flops_of_a_step(batch: Batch):
     assert adapted == 2 * (6480 + 640) + 3 * (1440 + 140) + 8560
 
 
+def test_by_hand_layers_below_all_adapters_take_one_forward_pass(batch: Batch):
+    """Of three layers of 2160 + 480, two lie below; the third's pass is repeated."""
+    how = {"adapter_size": 7, "trunk": 2}
+    trained = 2 * (2160 + 640) + 3 * (480 + 140)
+    alone = step_flops(SHAPE, batch, has_reference=False, **how)
+    assert alone == 2 * 2640 + trained
+    beside = step_flops(SHAPE, batch, has_reference=True, **how)
+    assert beside == alone + 2640 + 640
+    windowed = replace(SHAPE, window=3, window_layers=(True, False, False))
+    assert forward_flops(windowed, batch, first=1).attention == 4 * 4 * (30 + 30)
+
+
 def test_by_hand_variants(batch: Batch):
     """A window in one layer; two MLP matrices; two of five experts and their router."""
     windowed = replace(SHAPE, window=3, window_layers=(True, False, False))

@@ -56,6 +56,7 @@ SHAPES = {
     "lora": SHAPE,
     "rslora": replace(SHAPE, scaling="rslora"),
     "dora": replace(SHAPE, kind="dora"),
+    "upper": replace(SHAPE, kind="dora", layers=1),
 }
 
 
@@ -250,8 +251,9 @@ def test_microbatches_take_the_step_of_the_whole_batch(kind: str):
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [("lora", (2, 2, 1)), ("lora", (1, 2, 2)), ("dora", (1, 2, 2))]
-)
+    ("kind", "sizes"), [("lora", (2, 2, 1)), ("lora", (1, 2, 2)), ("dora", (1, 2, 2)),
+     ("upper", (1, 2, 2))]
+)  # fmt: skip
 def test_sharded_adapters_are_trained_as_on_one_device(kind: str, sizes: tuple):
     mesh, shape = make_mesh(*sizes), SHAPES[kind]
     _, base, adapters = adapted(shape)

@@ -14,19 +14,14 @@ from tiny_models import make_pair
 
 from dpojax.data.packing import Example, as_batch
 from dpojax.log_probs import logits_of
+from dpojax.models.adapter_config import read_base_name, shape_by_targets
 from dpojax.models.adapter_modules import choose_modules
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config
 from dpojax.models.functional import Params
 from dpojax.models.huggingface import read_settings
 from dpojax.models.lora import LoraShape, graft, start_adapters
-from dpojax.models.peft import (
-    read_adapters,
-    read_base_name,
-    read_shape,
-    shape_by_targets,
-    write_adapters,
-)
+from dpojax.models.peft import read_adapters, read_shape, write_adapters
 
 # PEFT asks transformers for it by a name that is to go; another warning is an error.
 pytestmark = pytest.mark.filterwarnings(
@@ -54,6 +49,12 @@ CASES = [
     ("gpt2", "lora", "rslora", ("c_attn", "attn.c_proj")),
     ("gpt_neox", "lora", "standard", ("all-linear",)),
 ]
+# Those in the last of the two layers alone.
+UPPER_CASES = [
+    ("llama", "dora", "standard", ("q_proj", "down_proj")),
+    ("gpt2", "lora", "standard", ("c_attn", "attn.c_proj")),
+]
+EVERY_CASE = [(*case, None) for case in CASES] + [(*case, 1) for case in UPPER_CASES]
 TOKENS = np.random.default_rng(0).integers(3, 97, 11).astype(np.int32)
 
 
@@ -128,15 +129,22 @@ def write(base: Base, directory: Path, shape: LoraShape, adapters: Params) -> No
     )
 
 
-@pytest.mark.parametrize(("family", "kind", "scaling", "targets"), CASES)
+@pytest.mark.parametrize(("family", "kind", "scaling", "targets", "layers"), EVERY_CASE)
 def test_peft_computes_with_our_file_what_we_do(
-    family: str, kind: Any, scaling: Any, targets: tuple, get_base: Any, tmp_path: Path
+    family: str,
+    kind: Any,
+    scaling: Any,
+    targets: tuple,
+    layers: int | None,
+    get_base: Any,
+    tmp_path: Path,
 ):
     base: Base = get_base(family)
     import peft
 
     modules = choose_modules(targets, base.params, base.settings)
-    shape = LoraShape(modules=modules, rank=3, alpha=5.0, kind=kind, scaling=scaling)
+    how: dict[str, Any] = {"kind": kind, "scaling": scaling, "layers": layers}
+    shape = LoraShape(modules=modules, rank=3, alpha=5.0, **how)
     adapters = random_adapters(base, shape)
     write(base, tmp_path / "adapter", shape, adapters)
     theirs = peft.PeftModel.from_pretrained(base.theirs(), tmp_path / "adapter")
@@ -155,9 +163,15 @@ def test_peft_computes_with_our_file_what_we_do(
         assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize(("family", "kind", "scaling", "targets"), CASES)
+@pytest.mark.parametrize(("family", "kind", "scaling", "targets", "layers"), EVERY_CASE)
 def test_we_compute_with_pefts_file_what_it_does(
-    family: str, kind: str, scaling: str, targets: tuple, get_base: Any, tmp_path: Path
+    family: str,
+    kind: str,
+    scaling: str,
+    targets: tuple,
+    layers: int | None,
+    get_base: Any,
+    tmp_path: Path,
 ):
     base: Base = get_base(family)
     import peft
@@ -169,6 +183,7 @@ def test_we_compute_with_pefts_file_what_it_does(
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         use_dora=kind == "dora",
         use_rslora=scaling == "rslora",
+        layers_to_transform=None if layers is None else [1],
         fan_in_fan_out=family == "gpt2",
         task_type="CAUSAL_LM",
     )
@@ -180,6 +195,7 @@ def test_we_compute_with_pefts_file_what_it_does(
     theirs.save_pretrained(str(tmp_path))
     assert read_base_name(tmp_path) == str(base.directory)
     shape, adapters = read(base, tmp_path)
+    assert shape.layers == layers
     found = our_logits(base, shape, adapters)
     np.testing.assert_allclose(found, their_logits(theirs), rtol=1e-4, atol=1e-4)
     assert np.abs(found - their_logits(base.theirs())).max() > 0.1
@@ -204,7 +220,9 @@ def adapter(get_base: Any, tmp_path: Path) -> Path:
         ({"bias": "all"}, "bias = 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
-        ({"layers_to_transform": [0]}, r"layers_to_transform = \[0\].*will not ignore"),
+        ({"layers_to_transform": [0]}, r"= \[0\]; .* all layers or of the last ones"),
+        ({"layers_to_transform": [1, 1]}, r"= \[1, 1\]; .*the last of this base is 1"),
+        ({"layers_to_transform": [1]}, "layers.0.mlp.* has no place there"),
         ({"r": 0}, "r = 0 and lora_alpha = 5"),
         ({"r": None}, "r = None"),
         ({"r": 5}, "rank 3 and scale 1.66667; dpojax reads adapters of one rank"),

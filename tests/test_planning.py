@@ -42,7 +42,7 @@ LENGTHS: dict[str, Any] = {"prompt_tokens": 64, "completion_tokens": 32}
         {"loss": LossConfig(name="simpo"), "microbatches": 2},
         {"loss": LossConfig(name="kto")},
         {"lora": LoraConfig(rank=2)},
-        {"lora": LoraConfig(rank=2, kind="dora", dropout=0.1)},
+        {"lora": LoraConfig(rank=2, kind="dora", dropout=0.1, layers=1)},
     ],
 )
 def test_a_planned_step_is_the_one_that_a_run_takes(

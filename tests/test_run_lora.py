@@ -140,11 +140,12 @@ def test_adapters_are_trained_further_with_the_first_or_the_base_as_reference(
     np.testing.assert_allclose(values["loss"], result.last_evaluation["loss"], 1e-5)
 
 
-@pytest.mark.parametrize("base", ["bfloat16", "nf4"])
+@pytest.mark.parametrize(("base", "layers"), [("bfloat16", None), ("nf4", 1)])
 def test_a_smaller_base_is_trained_on_and_gives_adapters(
-    base: Any, config: TrainConfig, place: Path
+    base: Any, layers: int | None, config: TrainConfig, place: Path
 ):
-    lora = LoraConfig(rank=4, alpha=8.0, base=base, dropout=0.1, kind="dora")
+    how: dict[str, Any] = {"dropout": 0.1, "kind": "dora", "layers": layers}
+    lora = LoraConfig(rank=4, alpha=8.0, base=base, **how)
     output = str(place / f"small-{base}")
     # Every step sees the same twelve pairs, so that the loss must fall.
     few = replace(config, lora=lora, output=output, max_examples=16)
@@ -155,6 +156,8 @@ def test_a_smaller_base_is_trained_on_and_gives_adapters(
     assert trained[-1]["loss"] < trained[0]["loss"] - 5e-4
     tensors = load_file(result.directory / "final" / "adapter_model.safetensors")
     assert {str(values.dtype) for values in tensors.values()} == {"float32"}
+    assert any(".layers.0." in name for name in tensors) == (layers is None)
+    export(ExportConfig(run=output, output=output + "-merged", merge=True))
 
 
 def test_a_reward_model_is_trained_as_adapters_and_a_head(
@@ -194,6 +197,8 @@ def test_settings_that_cannot_take_effect_are_refused(
 
     final = str(whole.directory / "final")
     refused("lora.alpha describes new adapters", lora=LoraConfig(alpha=4.0))
+    refused("lora.layers describes new adapters", lora=LoraConfig(layers=0))
+    refused("lora.layers is 9; of a model of 2", lora=LoraConfig(rank=2, layers=9))
     refused("no effect without adapters", lora=LoraConfig(base="nf4"))
     refused("no effect without adapters", lora=LoraConfig(dropout=0.1))
     refused("must be in .0, 1.", lora=LoraConfig(rank=2, dropout=1.0))

@@ -93,6 +93,30 @@ def choose_modules(
     return frozenset(chosen)
 
 
+def as_last_layers(wanted: int | None, base: Params) -> int | None:
+    """How many of the last layers get adapters; None: all.
+
+    Args:
+      wanted: that many, or None.
+      base: parameters of the base, or their shapes.
+
+    Raises:
+      ValueError: for less than one, or more than there are.
+    """
+    number = num_layers_of(base)
+    if wanted is not None and not 1 <= wanted <= number:
+        raise ValueError(
+            f"lora.layers is {wanted}; of a model of {number} layers, 1 to {number} "
+            "can have adapters."
+        )
+    return None if wanted == number else wanted
+
+
+def num_layers_of(base: Params) -> int:
+    """How many layers are stacked."""
+    return jax.tree.leaves(base["blocks"])[0].shape[0]
+
+
 def short_name(
     module: Module, chosen: Sequence[Module], every: Sequence[Module]
 ) -> str:
@@ -116,6 +140,7 @@ def _matches(target: str, module: Module) -> bool:
         missed = module.names[layers.index(False)]
         raise ValueError(
             f"The LoRA target {target!r} does not match {missed}; adapters are given "
-            "to a projection in every layer or in none."
+            "to a projection in every layer, in the last ones by --lora.layers, or in "
+            "none."
         )
     return all(layers)

@@ -50,6 +50,7 @@ class Options(NamedTuple):
     attend: Attend = blockwise_attention
     look_up: LookUp = take
     exchange: KernelExchange = ALONE
+    trunk: int = 0  # layers below the first that has adapters
 
 
 class Linear(nnx.Module):

@@ -36,11 +36,16 @@ class LoraShape:
     kind: Literal["lora", "dora"] = "lora"  # dora: outputs have trained magnitudes
     scaling: Literal["standard", "rslora"] = "standard"  # alpha / rank, or its root
     dropout: float = 0.0  # of what enters A, where the parameters carry random keys
+    layers: int | None = None  # the last so many have adapters; None: all
 
     @property
     def scale(self) -> float:
         """What multiplies the product of the two matrices."""
         return self.alpha / self.divisor(self.rank)
+
+    def trunk(self, num_layers: int) -> int:
+        """How many layers of a model are below the first adapter."""
+        return 0 if self.layers is None else num_layers - self.layers
 
     def divisor(self, rank: int) -> float:
         """What an alpha is divided by at a rank."""
@@ -139,7 +144,8 @@ def start_adapters(base: Params, adapters: Params) -> Params:
         if "magnitude" not in lora:
             return {"lora": lora}
         norm = jax.vmap(partial(adapted_norm, scale=0.0))
-        return {"lora": lora | {"magnitude": norm(kernel, lora["a"], lora["b"])}}
+        upper = kernel[-len(lora["a"]) :]
+        return {"lora": lora | {"magnitude": norm(upper, lora["a"], lora["b"])}}
 
     return split_adapters(_map_adapted(magnitude, graft(base, adapters)))[1]
 
@@ -156,8 +162,9 @@ def merge_adapters(params: Params, shape: LoraShape) -> Params:
         return whole.astype(kernel.dtype)
 
     def merge(kernel: Array, lora: Params) -> Params:
-        parts = (kernel, lora["a"], lora["b"], lora.get("magnitude"))
-        return {"kernel": jax.vmap(merged)(*parts)}
+        trunk = len(kernel) - len(lora["a"])
+        parts = (kernel[trunk:], lora["a"], lora["b"], lora.get("magnitude"))
+        return {"kernel": kernel.at[trunk:].set(jax.vmap(merged)(*parts))}
 
     return _map_adapted(merge, params)
 

@@ -55,6 +55,19 @@ def rematerialize(body: Body, remat: Remat) -> Body:
     return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat])
 
 
+def rematerialize_indexed(body: Body, remat: Remat) -> Body:
+    """The same of a body that takes its layer out of a stack, by an index.
+
+    Whatever is kept, the layer's own arrays are not: the stack has them.
+    """
+    policy = _all_but_slices if remat == "none" else _POLICIES[remat]
+    return jax.checkpoint(body, policy=policy)
+
+
+def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in ("dynamic_slice", "squeeze")
+
+
 def as_attention(kept: Any) -> Any:
     """Names what attention returns and what else its kernel keeps."""
     return checkpoint_name(kept, _ATTENTION)

@@ -57,7 +57,7 @@ def setting_of(planned: Planned, loss: Loss) -> Setting:
     """What of a step is computed twice."""
     config, lora = planned.config, planned.loaded.model.lora
     whole = loss.batchwise or aux_loss_coefficient(planned.loaded.settings) != 0
-    trained = planned.policy.trained
+    trained, num_layers = planned.policy.trained, planned.loaded.model.config.num_layers
     assert config.remat is not None
     return Setting(
         config.remat,
@@ -65,6 +65,7 @@ def setting_of(planned: Planned, loss: Loss) -> Setting:
         "reference" in loss.needs and planned.batch.reference is None,
         None if lora is None else num_parameters(trained),
         whole and config.microbatches > 1,
+        0 if lora is None else lora.trunk(num_layers),
     )
 
 

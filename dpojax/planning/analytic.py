@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from dpojax.batch import Batch
-from dpojax.flops import Forward, forward_flops, matrix_size, num_positions, step_flops
+from dpojax.flops import forward_flops, matrix_size, num_positions, step_flops
 from dpojax.models.kernels import Kernel
 from dpojax.models.remat import Remat
 from dpojax.models.shape import DecoderConfig
@@ -35,6 +35,7 @@ class Setting(NamedTuple):
     has_reference: bool  # in the step
     adapter_size: int | None  # numbers in adapters; None: all weights are trained
     repeats_forward: bool  # microbatches of a loss that looks at whole batches
+    trunk: int = 0  # layers below all adapters, which pass once, forward
 
 
 def model_flops(config: DecoderConfig, batch: Batch, setting: Setting) -> float:
@@ -44,6 +45,7 @@ def model_flops(config: DecoderConfig, batch: Batch, setting: Setting) -> float:
         batch,
         has_reference=setting.has_reference,
         adapter_size=setting.adapter_size,
+        trunk=setting.trunk,
     )
 
 
@@ -54,19 +56,21 @@ def computed_flops(config: DecoderConfig, batch: Batch, setting: Setting) -> flo
     nothing needs; a trained head's logits are, and attention's scores in its backward
     pass: XLA's once, by the flash kernels of queries and of keys each.
     """
-    forward = forward_flops(config, batch)
-    again = _again(config, forward, setting)
+    needed = model_flops(config, batch, setting)
+    again = _again(config, batch, setting)
     if setting.adapter_size is not None:
         again += 2.0 * setting.adapter_size * num_positions(batch)
-    needed = model_flops(config, batch, setting)
     passes = 2 if setting.adapter_size is not None else 3
-    passes += int(setting.has_reference) + int(setting.repeats_forward)
-    passes += _projected_again(config, setting.remat)
+    passes += int(setting.has_reference) + _projected_again(config, setting.remat)
+    passes = _passes(config, setting, passes) / config.num_layers
+    passes += int(setting.repeats_forward)
     padding = np.size(batch.tokens) / num_positions(batch) - 1
-    return needed + again + padding * passes * forward.projections
+    projections = forward_flops(config, batch).projections
+    return needed + again + padding * passes * projections
 
 
-def _again(config: DecoderConfig, forward: Forward, setting: Setting) -> float:
+def _again(config: DecoderConfig, batch: Batch, setting: Setting) -> float:
+    forward = forward_flops(config, batch, setting.trunk)
     total = _MORE_PRODUCTS[setting.kernel] / 2 * forward.attention
     if setting.adapter_size is None:
         total += forward.head
@@ -74,8 +78,13 @@ def _again(config: DecoderConfig, forward: Forward, setting: Setting) -> float:
     if setting.remat in ("full", "offload"):
         total += forward.attention
     if setting.repeats_forward:
-        total += sum(forward)
+        total += sum(forward_flops(config, batch))
     return total
+
+
+def _passes(config: DecoderConfig, setting: Setting, each: float) -> float:
+    """Passes of single layers, of which those of the trunk have one."""
+    return setting.trunk + (config.num_layers - setting.trunk) * each
 
 
 def _projected_again(config: DecoderConfig, remat: Remat) -> float:
@@ -125,11 +134,12 @@ def estimate(planned: Planned, setting: Setting, mesh: AbstractMesh) -> Estimate
     grads = _chip_bytes(planned.policy.trained, mesh)
     positions = np.size(planned.batch.tokens) / shards / planned.config.microbatches
     layer = _HALF * matrix_size(config) / tensor
-    kept = positions * config.num_layers * _kept(config, setting.remat) * _HALF
+    num_kept = config.num_layers - setting.trunk
+    kept = positions * num_kept * _kept(config, setting.remat) * _HALF
     working = positions * _kept(config, "dots") * 2 * _HALF / tensor
     logits = 2 * 4 * planned.config.chunk_size * TILE
-    passes = 2 + int(setting.has_reference)
-    moved = passes * (layer + working) * config.num_layers
+    passes = _passes(config, setting, 2 + int(setting.has_reference))
+    moved = passes * (layer + working)
     return Estimate(
         argument_bytes(planned, mesh),
         grads + kept + 2 * layer + working + logits,
@@ -181,14 +191,14 @@ def collectives(
     reference = int(setting.has_reference)
     found = {}
     if fsdp:
-        matrices = layer * config.num_layers
-        found["all-gather"] = parts * (2 + reference) * fsdp * matrices
+        passes = _passes(config, setting, 2 + reference)
+        found["all-gather"] = parts * passes * fsdp * layer
         found["reduce-scatter"] = parts * fsdp * grads * sizes["fsdp"]
     if data:
         found["all-reduce"] = 2 * data * grads
     if tensor:
         again = 1 if setting.remat in _PROJECTS_AGAIN else 0
-        times = 2 * config.num_layers * (2 + again + reference) * parts
+        times = 2 * _passes(config, setting, 2 + again + reference) * parts
         hidden = positions * config.width * _HALF
         reduced = times * 2 * tensor * hidden
         found["all-reduce"] = found.get("all-reduce", 0.0) + reduced

@@ -17,6 +17,7 @@ from dpojax.data.synthetic import make_tokenizer
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
 from dpojax.loading import Loaded
 from dpojax.losses.make import Loss
+from dpojax.models.adapter_config import is_adapter
 from dpojax.models.decoder import Model, make_model
 from dpojax.models.families import as_decoder_config, as_reward_settings
 from dpojax.models.huggingface import read_settings
@@ -27,7 +28,6 @@ from dpojax.models.lora import (
     split_adapters,
     start_adapters,
 )
-from dpojax.models.peft import is_adapter
 from dpojax.models.quantized import make_quantize
 from dpojax.offloading import on_host
 from dpojax.placing import make_kept_model

@@ -2,6 +2,7 @@
 
     pip install -e '.[plan]'
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python experiments/sweep/cost.py compile
+    python experiments/sweep/cost.py compile --layers 6 --runs 1 8
     python experiments/sweep/cost.py time
 
 `compile` builds, from shapes alone, the step of one LoRA run and that of several for a
@@ -54,6 +55,7 @@ def main() -> None:
     compiled.add_argument("--topology", default="v5e:2x2")
     compiled.add_argument("--pairs", type=int, default=4, help="of a step")
     compiled.add_argument("--remat", default="full")
+    compiled.add_argument("--layers", type=int, help="that have adapters: the last")
     compiled.add_argument("--runs", type=int, nargs="+", default=[1, 2, 8])
     compiled.add_argument("--seeds", type=int, default=1, help="that runs have")
     timed = commands.add_parser("time")
@@ -71,7 +73,7 @@ def compile_all(args: argparse.Namespace) -> None:
     devices = topologies.get_topology_desc(args.topology, platform="tpu").devices
     mesh = make_mesh(devices=tuple(devices))
     config = PlanConfig(
-        lora=LORA,
+        lora=replace(LORA, layers=args.layers),
         remat=args.remat,
         shape=ShapeConfig(name=args.shape),
         compute_dtype="bfloat16",
