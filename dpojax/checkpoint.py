@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from dpojax.checksums import find_damage, seal
-from dpojax.object_store import Store, as_place, client_errors, in_bucket, reaching
+from dpojax.object_store import Store, client_errors, in_bucket, reaching
 from dpojax.progress import busy
 
 Note = dict[str, Any]  # what JSON can hold
@@ -165,7 +165,7 @@ class Checkpoints:
         Raises:
           OSError: if it cannot be reached.
         """
-        self._directory = as_place(directory)
+        self._directory = Store(directory).place  # Orbax's client is as ours now
         best = BestN(
             get_metric_fn=_evaluation_loss,
             reverse=True,

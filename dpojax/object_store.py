@@ -113,10 +113,12 @@ class Store:
 
     def names(self) -> list[str]:
         """What is directly there; nothing where there is no such place."""
+        # Not isdir: it takes a bucket that refuses to answer for an empty one.
         with reaching(self.place):
-            if not self._files.isdir(self._root):
+            try:
+                found = self._files.ls(self._root, detail=False)
+            except FileNotFoundError:
                 return []
-            found = self._files.ls(self._root, detail=False)
         names = (name.rstrip("/").rsplit("/", 1)[-1] for name in found)
         return [name for name in names if name]
 
@@ -134,7 +136,10 @@ class Store:
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
         with reaching(self.place):
-            return self._files.isfile(self._at(name))
+            try:
+                return self._files.info(self._at(name))["type"] == "file"
+            except FileNotFoundError:
+                return False
 
     def open(self, name: str) -> BufferedIOBase:
         """A file's bytes; what reading raises is left to the caller."""
@@ -167,7 +172,7 @@ class Store:
     def move(self, name: str, to: "Store", new_name: str) -> None:
         """Moves what is below a name to another place of the same kind.
 
-        In a bucket, object by object: if that is cut off, each is in one of both.
+        In a bucket everything is copied before anything is removed.
         """
         source, target = self._at(name), to._at(new_name)
         if not self.in_bucket:
@@ -175,16 +180,20 @@ class Store:
             Path(source).rename(target)
             return
         with reaching(self.place):
-            self._files.mv(source, target, recursive=True)
+            found = self._files.find(source)
+            copies = [target + path.removeprefix(source) for path in found]
+            self._files.copy(found, copies, on_error="raise")
+            self._files.rm(found)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
 
 
 def _connect(bucket: bool) -> Any:
+    """A client; what is set for that of a bucket holds for the one that Orbax opens."""
     if not bucket:
         return fsspec.filesystem("file")
-    # Orbax too would take TensorFlow where that happens to be installed.
+    # It would take TensorFlow where that happens to be installed.
     os.environ["EPATH_USE_TF"] = "false"
     # Others write here too: other processes, and TensorStore in this one.
     conf.setdefault("gcs", {})["use_listings_cache"] = False
