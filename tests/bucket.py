@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from io import BytesIO
 from http.server import ThreadingHTTPServer
+from io import BytesIO
 from threading import Lock, Thread
 
 import pytest

@@ -1,6 +1,8 @@
 """Checkpoints in a bucket, which a server on this machine plays."""
 
 import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bucket import NAME, Bucket, bucket
-from many_processes import log_of, start, wait
+from many_processes import free_port, log_of, start, wait
 from test_run import metrics_of
 
-from dpojax.checkpoint import Checkpoints, Newest, find_newest, read_files, set_aside
+from dpojax.checkpoint import (
+    Checkpoints,
+    Newest,
+    find_newest,
+    read_files,
+    set_aside,
+    steps_in,
+)
 from dpojax.command_config import ExportConfig
 from dpojax.config import TrainConfig
 from dpojax.exporting import export
 from dpojax.object_store import Store, as_place
 from dpojax.run import run
 
+COMMAND = """
+import os, sys
+from dpojax.cli import main
+
+os.makedirs(sys.argv[1], exist_ok=True)
+os.chdir(sys.argv[1])
+main(sys.argv[2:])
+"""
 KEPT = ("config.py", "samples.jsonl", "held_out.jsonl", "warnings.jsonl")
 
 
@@ -178,3 +195,66 @@ def test_without_its_directory_a_run_goes_on_from_its_bucket(
     assert (hf / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="or where there is none its --checkpoints"):
         run(replace(again, resume=True, checkpoints=f"{NAME}/runs/none"))
+
+
+@pytest.mark.slow
+def test_a_bucket_that_fails_every_second_request_changes_nothing(
+    server: Bucket,
+    whole: Path,
+    config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from gcsfs import retry
+
+    async def at_once(seconds: float) -> None:
+        """Else each of some hundred requests would take a second or two."""
+
+    monkeypatch.setattr(retry, "asyncio", SimpleNamespace(sleep=at_once))
+    output = str(tmp_path / "run")
+    server.is_flaky = True
+    try:
+        run(replace(config, output=output, checkpoints=f"{NAME}/runs/flaky"))
+    finally:
+        server.is_flaky = False
+    assert_same(whole, tmp_path / "run")
+    assert find_newest(f"{NAME}/runs/flaky") == Newest(4, {})
+
+
+@pytest.mark.slow
+def test_two_processes_without_a_common_directory_are_killed_and_go_on(
+    server: Bucket, config: TrainConfig, tmp_path: Path
+):
+    experiment = tmp_path / "experiment.py"
+    names = "DistributedConfig, LoraConfig, LossConfig, MeshConfig, MovingConfig"
+    settings = replace(config, output="run", steps=12, save_every=1)
+    experiment.write_text(
+        f"from dpojax.config import {names}, OptimizerConfig, TrainConfig\n\n\n"
+        f"def config():\n    return {settings!r}\n"
+    )
+
+    def begin(name: str, *more: str) -> list[subprocess.Popen[bytes]]:
+        flags = ["train", str(experiment), "--checkpoints", f"{NAME}/two/{name}", *more]
+        flags += ["--distributed", f"localhost:{free_port()}", "--num-processes", "2"]
+        machines = [str(tmp_path / f"{name}{number}") for number in (0, 1)]
+        commands = [
+            ("-c", COMMAND, machine, *flags, "--process", str(number))
+            for number, machine in enumerate(machines)
+        ]
+        return start(tmp_path, commands)
+
+    def said() -> list[str]:
+        return [log_of(tmp_path, number).read_text("utf-8") for number in (0, 1)]
+
+    assert wait(begin("whole")) == [0, 0], said()
+    processes = begin("killed")
+    while max(steps_in(f"{NAME}/two/killed"), default=0) < 4:
+        assert all(process.poll() is None for process in processes), said()
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+    wait(processes)
+    shutil.rmtree(tmp_path / "killed0")
+    assert not (tmp_path / "killed1" / "run").exists()
+    assert wait(begin("killed", "--resume")) == [0, 0], said()
+    assert_same(tmp_path / "whole0" / "run", tmp_path / "killed0" / "run")
