@@ -45,9 +45,9 @@ from dpojax.whole_files import new_file, write_json_lines
 Figures = dict[str, Any]
 
 _OF_RUNS = (
-    "resume", "epochs", "stop_after", "log_every", "evaluate_every", "save_every",
-    "keep_last", "sample_prompts", "sample_tokens", "test_split", "fit", "memory_limit",
-    "track",
+    "resume", "checkpoints", "epochs", "stop_after", "log_every", "evaluate_every",
+    "save_every", "keep_last", "sample_prompts", "sample_tokens", "test_split", "fit",
+    "memory_limit", "track",
 )  # fmt: skip
 _OF_DATA = (
     "data_weights", "columns", "pairs_from", "rejection_beta", "turns", "train_split",

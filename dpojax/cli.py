@@ -40,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Before transformers is imported: it would say that it misses PyTorch, which dpojax
     # does not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # Orbax logs what it raises too, with a traceback for each of its threads.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and the clients of a bucket log what they raise too, with tracebacks.
+    for name in ("absl", "fsspec", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unraisable
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))

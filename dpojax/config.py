@@ -176,6 +176,8 @@ class TrainConfig:
     """Run directory, new. Default: runs/ with the loss and the time."""
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
+    checkpoints: str | None = None
+    """Where checkpoints are: a directory or gs://bucket/path. Default: in `output`."""
 
     loss: LossConfig = field(default_factory=LossConfig)
     reference: str | None = None

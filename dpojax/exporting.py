@@ -35,6 +35,7 @@ from dpojax.placing import Keeping
 from dpojax.policy import write_trained
 from dpojax.processes import decided_by_first
 from dpojax.progress import say
+from dpojax.run_directory import checkpoints_of
 from dpojax.sharding import as_shardings, make_mesh
 
 
@@ -120,7 +121,7 @@ def _write(output: Path, exported: _Exported, config: ExportConfig, step: int) -
 def _read_run(source: Path, step: int | None, mesh: Mesh) -> tuple[_Exported, int]:
     """A run's checkpoint and its step."""
     step = int(decided_by_first(lambda: str(_choose_step(source, step))))
-    checkpoints = Checkpoints(source / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(checkpoints_of(source), read_only=True)
     frame = source / "model"
     if is_adapter(frame):
         exported = _read_adapted(frame, read_base_name(frame), mesh)
@@ -146,7 +147,7 @@ def _read_run(source: Path, step: int | None, mesh: Mesh) -> tuple[_Exported, in
 
 def _choose_step(source: Path, step: int | None) -> int:
     """The step that is asked for, or the newest; its checkpoint is whole."""
-    checkpoints = source / "checkpoints"
+    checkpoints = checkpoints_of(source)
     if step is not None:
         check_whole(checkpoints, step)
         return step

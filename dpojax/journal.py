@@ -7,7 +7,6 @@ no model's functions and takes no step.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,10 +24,12 @@ from dpojax.metrics_file import MetricsFile
 from dpojax.model_card import make_card, with_card
 from dpojax.policy import write_trained
 from dpojax.prepare import is_logistic
+from dpojax.processes import is_first
 from dpojax.progress import say
 from dpojax.recording import Recording
 from dpojax.reference import Params
 from dpojax.resume import check_note
+from dpojax.run_directory import RunDirectory, read_small_files
 from dpojax.run_log import figures_line, time_line
 from dpojax.step_log import Figures, StepLog
 from dpojax.trackers import Trackers
@@ -42,7 +43,7 @@ class Journal:
 
     def __init__(
         self,
-        directory: Path,
+        place: RunDirectory,
         config: TrainConfig,
         course: Course,
         learning_rates: np.ndarray,
@@ -56,7 +57,7 @@ class Journal:
         """Opens the files; what is in them after that step is dropped.
 
         Args:
-          directory: of the run.
+          place: where the run writes.
           config: its settings.
           course: its steps.
           learning_rates: of each step.
@@ -71,12 +72,11 @@ class Journal:
         Raises:
           ValueError: if what is there is another run.
         """
-        self.directory, self._config, self._course = directory, config, course
+        directory = self.directory = place.path
+        self._config, self._course = config, course
         self._rates, self._note, self._step = learning_rates, note, step
         self._sampled, self._tell = sampled, tell
-        self._checkpoints = Checkpoints(
-            directory / "checkpoints", keep_last=config.keep_last
-        )
+        self._checkpoints = Checkpoints(place.checkpoints, keep_last=config.keep_last)
         saved = self._checkpoints.note(step) if step else _NEW
         if step:
             check_note(saved, note, directory)
@@ -135,7 +135,8 @@ class Journal:
         self._log.keep()
         self._each.keep()
         best_by = self.last["loss"] if self._last_at == step else None
-        self._checkpoints.save(step, state, self._newest_note(), best_by)
+        files = read_small_files(self.directory) if is_first() else {}
+        self._checkpoints.save(step, state, self._newest_note(), best_by, files)
 
     def close(self) -> None:
         """Waits until every checkpoint is written.

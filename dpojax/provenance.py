@@ -48,6 +48,7 @@ def shared_settings(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         output=None,
+        checkpoints=None,
         resume=False,
         stop_after=None,
         distributed=DistributedConfig(),

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from dpojax.checkpoint import describe, find_newest, set_aside
+from dpojax.checkpoint import Place, describe, find_newest, set_aside
 from dpojax.config import TrainConfig
 from dpojax.data.order import WINDOW
 from dpojax.processes import decided_by_first
@@ -17,8 +17,11 @@ from dpojax.progress import say
 from dpojax.provenance import MADE_BY, difference, made_by
 
 
-def find_step(checkpoints: Path) -> int:
+def find_step(checkpoints: Place) -> int:
     """The step of the newest whole checkpoint, or 0; damaged ones are set aside.
+
+    Args:
+      checkpoints: a directory, or gs://bucket/path.
 
     Raises:
       ValueError: if there are checkpoints, but none is whole.

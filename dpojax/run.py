@@ -100,15 +100,15 @@ def _train(config: TrainConfig, place: RunDirectory, trackers: Trackers) -> Resu
     # -- Resume: the state first, then what depends on its step -----------------------
     note = make_note(config, fingerprint(train), course.num_seen, identity)
     check_same(note, "start every process with the same settings and data")
-    step = find_step(directory / "checkpoints") if config.resume else 0
-    if step == 0:  # only now: what was refused above leaves no directory behind
-        place.begin(config, loaded)
+    step = find_step(place.checkpoints) if config.resume else 0
+    place.begin(config, loaded, step)  # only now: what was refused above leaves nothing
+    if step == 0:
         write_skipped(directory, skipped)
     rates = training.learning_rates
     sampled = make_sample_writer(config, loss, loaded, test, placement)
     counts = {"training": len(train), "held out": len(test)}
     note |= {"facts": facts(config, loaded.base, num_examples=counts, rates=rates)}
-    journal = Journal(directory, config, course, rates, note, step, sampled, trackers)
+    journal = Journal(place, config, course, rates, note, step, sampled, trackers)
     if step:
         like = jax.tree.map(abstract, state)
         jax.tree.map(lambda array: array.delete(), state)  # before there are two

@@ -93,6 +93,11 @@ def _check(config: SweepConfig) -> None:
             "--memory-limit decides how many runs are trained at one time, and so does "
             "--parallel; give one of them."
         )
+    if config.checkpoints is not None:
+        raise ValueError(
+            "Runs of a sweep keep their checkpoints in their own directories; leave "
+            "out --checkpoints."
+        )
     if config.offload:
         raise ValueError(
             "The states of many runs stay on the device; leave out --offload, and "

@@ -9,14 +9,10 @@ from pathlib import Path
 from dpojax.checkpoint import check_whole, set_aside, steps_in
 from dpojax.progress import say
 from dpojax.resume import find_step
+from dpojax.run_directory import has_begun
 from dpojax.whole_files import write_bytes
 
 _DIVERGED = Path("nan", "ended.txt")
-
-
-def has_begun(directory: Path) -> bool:
-    """Whether there is a run to go on with."""
-    return (directory / "config.py").is_file()
 
 
 def has_diverged(directory: Path) -> bool:

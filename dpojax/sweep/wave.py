@@ -99,14 +99,14 @@ class Lane:
         directory, material = self.trial.directory, program.material
         config = replace(self.trial.config, resume=has_begun(directory))
         place = opened.enter_context(open_directory(config))
+        place.begin(self.trial.config, material.loaded, step)
         if step == 0:
-            place.begin(self.trial.config, material.loaded)
             write_skipped(directory, material.skipped)
         number, rates = self.trial.number, self.training.learning_rates
         counts = {"training": len(material.train), "held out": len(material.test)}
         about = facts(config, material.loaded.base, num_examples=counts, rates=rates)
         self.journal = Journal(
-            directory,
+            place,
             self.trial.config,
             self.course,
             rates,
