@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from dpojax.config import TrainConfig
 from dpojax.data.bad_records import Skipped
 from dpojax.data.tokenize import Tokenizer
+from dpojax.data.tokenizer_files import write_tokenizer
 from dpojax.loading import Loaded, new_directory
 from dpojax.models.huggingface import write_settings
 from dpojax.models.peft import write_config
@@ -91,7 +92,7 @@ def _write_frame(directory: Path, config: TrainConfig, loaded: Loaded) -> None:
         model = loaded.model
         if model.lora is not None:
             write_config(frame, model.lora, model.params, loaded.settings, loaded.base)
-        loaded.tokenizer.save_pretrained(frame)
+        write_tokenizer(loaded.tokenizer, frame)
     text = (
         '"""The configuration of a run; `dpojax train` with it repeats the run."""\n\n'
         "from dpojax.config import DistributedConfig, LoraConfig, LossConfig, "
