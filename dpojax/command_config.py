@@ -78,7 +78,7 @@ class SweepConfig(TrainConfig):
     seeds: int = 1
     """Seeds of each combination, from `seed` on; 1: one run each."""
     parallel: int | None = None
-    """Runs trained at one time. Default: as many of a seed as fit the memory."""
+    """The most runs trained at one time. Default: as many as fit the memory."""
     search: Literal["all", "halving"] = "all"
     """all: to the end; halving: the better half at rungs, until they fill a program."""
 

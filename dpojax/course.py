@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dpojax.batch import Batch
 from dpojax.config import TrainConfig
-from dpojax.data.loader import counted_batches, locate
+from dpojax.data.loader import batches_of_seeds, counted_batches, locate
 from dpojax.data.packing import Example, OwnRows, every_row
 from dpojax.data.plan import Rows
 from dpojax.losses.make import Loss
@@ -71,6 +71,14 @@ class Course:
         order = self._order(num_microbatches)
         span = {"start": start, "stop": stop, "own_rows": own_rows}
         return counted_batches(self._train, **order, **span)
+
+    def batches_of_seeds(
+        self, seeds: Sequence[int], start: int, stop: int, num_microbatches: int
+    ) -> Iterator[list[tuple[int, Batch]]]:
+        """Those of runs that differ in the seed alone, see `batches_of_seeds`."""
+        order = self._order(num_microbatches)
+        span = {"seeds": seeds, "start": start, "stop": stop}
+        return batches_of_seeds(self._train, **order, **span)
 
     def locate(self, step: int, num_microbatches: int) -> Rows:
         """Which examples are where in the batch after so many steps."""

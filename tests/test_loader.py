@@ -8,6 +8,7 @@ import pytest
 
 from dpojax.batch import Batch
 from dpojax.data.loader import (
+    batches_of_seeds,
     counted_batches,
     evaluation_batches,
     fingerprint,
@@ -117,6 +118,24 @@ def test_a_batch_larger_than_the_data_holds_several_epochs(examples: list[Exampl
 def test_another_seed_gives_another_order(examples: list[Example]):
     assert order(batches(examples)) == order(batches(examples))
     assert order(batches(examples)) != order(batches(examples, seed=1))
+
+
+def test_batches_of_several_seeds_are_those_of_each_in_one_shape(
+    examples: list[Example],
+):
+    """Rows are long and short by turns, and not at the same steps."""
+    longer = [*examples, as_example([1, 5], [150, *[7] * 30, 2], [250, 2])]
+    settings = {"batch_size": 2, "num_seen": 60, "start": 2, "stop": 30, "seed": 3}
+    steps = list(batches_of_seeds(longer, seeds=(3, 4), **settings))
+    shapes = {one.tokens.shape for one in batches(longer, **settings)}
+    for number, seed in enumerate((3, 4)):
+        alone = counted_batches(longer, **settings | {"seed": seed})
+        for some, (num_tokens, batch) in zip(steps, alone, strict=True):
+            assert some[number][0] == num_tokens
+            assert numbers(some[number][1]) == numbers(batch)
+            assert some[number][1].tokens.shape == some[0][1].tokens.shape
+    found = {some[0][1].tokens.shape for some in steps}
+    assert found == shapes and len(shapes) > 1
 
 
 def test_devices_and_microbatches_do_not_change_which_examples_share_a_batch(

@@ -5,6 +5,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from browser import browser, find_chromium
 
 from dpojax.cli import main
 from dpojax.config import LossConfig, TrainConfig
-from dpojax.report.comparing import choose, combinations, runs_of
+from dpojax.report.comparing import choose, combinations, runs_at
 from dpojax.report.drawing import Line, lines
 from dpojax.report.page import page
 from dpojax.report.panels import reliability
@@ -66,6 +67,10 @@ def write_run(directory: Path, *, chosen: float = -1.0, text: str = "a text") ->
     return directory
 
 
+def page_of(paths: Sequence[str]) -> str:
+    return page([runs_at(path) for path in paths])
+
+
 class Elements(HTMLParser):
     """The tags of a page, and where it would fetch from."""
 
@@ -83,7 +88,7 @@ class Elements(HTMLParser):
 
 def test_a_page_has_every_plot_and_fetches_nothing(tmp_path: Path):
     runs = [str(write_run(tmp_path / name)) for name in ("one", "two")]
-    text = page(runs)
+    text = page_of(runs)
     elements = Elements(text)
     assert elements.tags.count("svg") == elements.tags.count("figure") == 13
     assert "script" not in elements.tags
@@ -91,7 +96,7 @@ def test_a_page_has_every_plot_and_fetches_nothing(tmp_path: Path):
     assert not re.search(r"url\((?!#)", text)
     assert "default-src 'none'" in text
     assert len(text) < 1_000_000
-    assert page(runs) == text
+    assert page_of(runs) == text
 
 
 def test_what_others_wrote_is_escaped(tmp_path: Path):
@@ -99,14 +104,14 @@ def test_what_others_wrote_is_escaped(tmp_path: Path):
     warning = {"step": 3, "kind": "kl", "text": EVIL}
     write_lines(directory / "warnings.jsonl", [warning])
     other = write_run(tmp_path / "other")
-    text = page([str(directory), str(other)])
+    text = page_of([str(directory), str(other)])
     assert "script" not in Elements(text).tags
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 5
 
 
 def test_only_fields_that_differ_are_among_the_differences(tmp_path: Path):
     runs = [write_run(tmp_path / name, text=f"model-{name}") for name in ("a", "b")]
-    table = page([str(run) for run in runs]).split("<th>differs</th>")[1]
+    table = page_of([str(run) for run in runs]).split("<th>differs</th>")[1]
     table = table.split("</table>")[0]
     assert re.findall(r"<th>([\w.]+)</th>", table.split("<tbody>")[1]) == ["model"]
 
@@ -115,7 +120,7 @@ def test_only_fields_that_differ_are_among_the_differences(tmp_path: Path):
 def test_displacement_is_told_where_chosen_answers_fell(
     tmp_path: Path, chosen: float, told: bool
 ):
-    text = page([str(write_run(tmp_path / "run", chosen=chosen))])
+    text = page_of([str(write_run(tmp_path / "run", chosen=chosen))])
     assert ("the loss dpop" in text) == told
 
 
@@ -123,7 +128,7 @@ def test_a_run_that_has_just_begun_has_a_page_that_says_what_is_missing(tmp_path
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / "metrics.jsonl").write_text("")
-    text = page([str(directory)])
+    text = page_of([str(directory)])
     assert "<svg" not in text
     assert "the run has just begun" in text
     assert "no held_out.jsonl" in text
@@ -137,7 +142,7 @@ def test_torn_lines_nulls_and_older_runs_are_read(tmp_path: Path):
     (run,) = read_runs([str(directory)])
     assert [row["step"] for row in run.train][-2:] == [100, 101]
     assert curve(run.train, "loss")[0][-1] == 100
-    assert "no held_out.jsonl" in page([str(directory)])
+    assert "no held_out.jsonl" in page_of([str(directory)])
 
 
 def test_figures_that_are_no_numbers_do_not_count(tmp_path: Path):
@@ -145,7 +150,7 @@ def test_figures_that_are_no_numbers_do_not_count(tmp_path: Path):
     row = {"step": 200, "chosen_reward": [None, 2.0], "rejected_reward": [0.0, 1.0]}
     lengths = {"chosen_length": [3, 3], "rejected_length": [4, 4]}
     write_lines(directory / "held_out.jsonl", [row | lengths])
-    assert "(1 pairs)" in page([str(directory)])
+    assert "(1 pairs)" in page_of([str(directory)])
 
 
 def test_a_directory_that_is_no_run_is_refused_in_one_sentence(
@@ -264,13 +269,14 @@ def test_by_hand_a_sweep_is_compared_over_its_seeds_and_a_choice_is_made(
         line = {"step": 100, "split": "test", "rewards/margins": 1.0} | means
         write_lines(directory / "metrics.jsonl", [line])
     path = str(tmp_path / "sweep")
-    first, second = combinations(path, read_runs(runs_of(path)))
+    listed = runs_at(path)
+    first, second = combinations(listed, read_runs(listed.directories))
     assert (first.name, second.name) == ("loss.beta 0.1", "loss.beta 0.5")
     np.testing.assert_allclose(first.accuracy, (0.71, 0.01, 0.1270620), rtol=1e-6)
     assert first.is_on_frontier and second.is_on_frontier
     assert choose([first, second])[0] == second
-    text = page([path])
+    text = page_of([path])
     assert "loss.beta 0.5 – chosen" in text and "71.0% ± 12.7%" in text
     # Of one that has not begun nothing is there to compare.
     write_list(tmp_path / "new", "all", changes)
-    assert runs_of(str(tmp_path / "new")) == []
+    assert runs_at(str(tmp_path / "new")).directories == []

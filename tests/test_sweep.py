@@ -42,6 +42,7 @@ from dpojax.run import run
 from dpojax.sharding import make_mesh
 from dpojax.sweep import command
 from dpojax.sweep.command import sweep
+from dpojax.sweep.extent import Extent, blocks, extent_of, extents
 from dpojax.sweep.grid import expand
 from dpojax.sweep.grouping import as_trials, in_programs
 from dpojax.sweep.halving import rungs
@@ -106,7 +107,7 @@ LOSSES = "loss=dpo,bco_pair"  # of which one keeps statistics
 @pytest.fixture(scope="module")
 def swept(config: TrainConfig, place: Path) -> Path:
     tracked = replace(config, track=("tensorboard",))
-    return sweep(as_sweep(tracked, place / "swept", over=(LOSSES,)))
+    return sweep(as_sweep(tracked, place / "swept", over=(LOSSES,), seeds=2))
 
 
 # -- Settings -------------------------------------------------------------------------
@@ -184,6 +185,17 @@ def test_runs_share_a_program_unless_the_model_the_data_or_the_optimiser_differ(
     assert programs("loss=dpo,kto,bco_pair") == [[0, 2], [1]]
     dropped = LoraConfig(rank=4, dropout=0.1)
     assert programs("loss=dpo,ipo", seeds=2, lora=dropped) == [[0, 2], [1, 3]]
+
+
+def test_runs_are_split_into_the_fewest_parts_of_as_few_seeds_as_can_be():
+    """Of two seeds with eight runs each three parts of six are fewer than four."""
+    found = extents(Extent(2, 8))
+    assert found[:4] == [(2, 8), (1, 8), (2, 4), (2, 3)]
+    assert {(1, 4), (1, 1)} < set(found) and found[-1] == (1, 1)
+    points = expand(TrainConfig(), ("loss.beta=1,2,3",), 3)
+    parts = blocks(as_trials(points, "here"), Extent(2, 2))
+    numbers = [[[one.number for one in some] for some in part] for part in parts]
+    assert numbers == [[[0, 3], [1, 4]], [[6], [7]], [[2, 5]], [[8]]]
 
 
 @pytest.mark.parametrize(
@@ -296,10 +308,10 @@ def test_with_adapters_a_reference_costs_one_pass_however_many_runs_there_are():
             num_steps=9,
             movement=None,
             shapes=shapes,
-            num_lanes=runs,
+            extent=Extent(1, runs),
         )
-        lanes = as_lanes([0] * runs, [1e-5] * runs)
-        batch = first_batch(how, loss, examples, 4)
+        lanes = as_lanes([[0] * runs], [[1e-5] * runs])
+        batch = jax.tree.map(lambda x: x[None], first_batch(how, loss, examples, 4))
         lowered = stacked.step.lower(stacked.shapes, lanes, policy.frozen, batch)
         found = lowered.cost_analysis()
         assert found is not None
@@ -317,38 +329,39 @@ def test_with_adapters_a_reference_costs_one_pass_however_many_runs_there_are():
 def test_a_sweep_that_is_told_to_end_and_goes_on_leaves_the_same_bits(
     swept: Path, config: TrainConfig, place: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    stopped = as_sweep(config, place / "stopped", over=(LOSSES,))
+    stopped = as_sweep(config, place / "stopped", over=(LOSSES,), seeds=2)
     with monkeypatch.context() as patch:
         patch.setattr(
             command, "preemption", partial(nullcontext, lambda step: step == 4)
         )
         sweep(stopped)
-    for number in (0, 1):
+    for number in range(4):
         assert (place / "stopped" / str(number) / "checkpoints" / "4").is_dir()
     with pytest.raises(ValueError, match="is another sweep"):
-        sweep(replace(stopped, seeds=2, resume=True))
+        sweep(replace(stopped, seeds=3, resume=True))
     # As if it was killed while one run wrote: all go back to what all of them have.
     shutil.rmtree(place / "stopped" / "1" / "checkpoints" / "4")
     sweep(replace(stopped, resume=True))
-    for number in (0, 1):
+    for number in range(4):
         assert files_of(place / "stopped", number) == files_of(swept, number)
 
 
 def test_a_run_of_a_sweep_is_a_run_that_can_be_repeated_and_resumed_alone(
     swept: Path, place: Path
 ):
-    again = load_names(swept / "1" / "config.py", "config")["config"]()
+    """The one that differs from the first in its loss and in its seed."""
+    again = load_names(swept / "3" / "config.py", "config")["config"]()
     alone = run(replace(again, output=str(place / "alone"))).directory
-    assert_same_run(swept / "1", alone)
-    shutil.copytree(swept / "1", place / "copied")
+    assert_same_run(swept / "3", alone)
+    shutil.copytree(swept / "3", place / "copied")
     shutil.rmtree(place / "copied" / "checkpoints" / "6")
     resumed = run(replace(again, output=str(place / "copied"), resume=True))
     assert resumed.step == 6
-    assert_same_run(swept / "1", resumed.directory)
+    assert_same_run(swept / "3", resumed.directory)
 
 
 def test_each_run_of_a_sweep_has_its_own_card_and_tracker(swept: Path):
-    for number, loss in enumerate(("dpo", "bco_pair")):
+    for number, loss in enumerate(("dpo", "dpo", "bco_pair", "bco_pair")):
         card = (swept / str(number) / "final" / "README.md").read_text("utf-8")
         assert "dpojax train" in card and f"- `{loss}`: " in card
         events, lines = (of(swept / str(number)) for of in (events_of, lines_of))
@@ -431,13 +444,14 @@ def test_runs_that_do_not_fit_the_memory_together_are_trained_in_fewer(
     """A memory between what one run needs and what two do; then less than one."""
     points, mesh = expand(config, (LOSSES,), 1), make_mesh()
     trials = as_trials(points, str(tmp_path / "sweep"))
-    program = Program(trials, mesh, None, None)
-    one, two = (needed(partial(program.compile_step, width)) for width in (1, 2))
-    assert program.width == 2 and one < two
-    split = Program(trials, mesh, None, (one + two) / 2 / SHARE)
-    assert split.width == 1 and split.waves(trials) == [[trials[0]], [trials[1]]]
+    both, single = extents(extent_of(trials))
+    program = Program(trials, mesh, (both,), None)
+    one, two = (needed(partial(program.compile_step, some)) for some in (single, both))
+    assert one < two
+    split = Program(trials, mesh, (both, single), (one + two) / 2 / SHARE)
+    assert split.extent == single
     with pytest.raises(ValueError, match="Not even one run fits"):
-        Program(trials, mesh, None, one / 2)
+        Program(trials, mesh, (both, single), one / 2)
     assert not (tmp_path / "sweep").exists()
 
 
@@ -480,8 +494,8 @@ lora = ["--lora.rank", "4"]
 for name, more in (("lora", lora), ("full", [])):
     sweep = f"{output}/{name}"
     grid = ["--over", "loss=dpo,ipo", "--over", "optimizer.learning-rate=1e-4,1e-3"]
-    main(["sweep", *flags, *more, *grid, "--output", sweep])
-    main(["train", f"{sweep}/2/config.py", "--output", f"{sweep}-alone"])
+    main(["sweep", *flags, *more, *grid, "--seeds", "2", "--output", sweep])
+    main(["train", f"{sweep}/5/config.py", "--output", f"{sweep}-alone"])
 """
 
 
@@ -493,4 +507,4 @@ def test_on_one_device_a_run_of_a_sweep_is_the_run_alone(place: Path, tmp_path: 
     arguments = [sys.executable, "-c", ONE_DEVICE, model, data, str(tmp_path)]
     subprocess.run(arguments, env=environment, check=True)
     for name in ("lora", "full"):
-        assert_same_run(tmp_path / name / "2", tmp_path / f"{name}-alone")
+        assert_same_run(tmp_path / name / "5", tmp_path / f"{name}-alone")

@@ -21,6 +21,7 @@ from dpojax.data.packing import (
     every_row,
     most_completions,
     pack,
+    pack_alike,
     row_lengths,
     with_mismatched,
 )
@@ -98,8 +99,40 @@ def counted_batches(
         num_tokens = int(row_lengths(batch).sum())
         return num_tokens, pack(batch, planned.shape, planned.num_completions, own_rows)
 
-    steps = grain.MapDataset.range(start, stop).map(make)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4)))
+    return _ahead(make, start, stop)
+
+
+def batches_of_seeds(
+    examples: Sequence[Example],
+    *,
+    seeds: Sequence[int],
+    start: int,
+    stop: int,
+    **settings: Any,
+) -> Iterator[list[tuple[int, Batch]]]:
+    """The batches of `counted_batches` of several seeds, step by step together.
+
+    Args:
+      examples: the whole data set.
+      seeds: one for each batch of a step.
+      start: first step.
+      stop: one past the last step.
+      **settings: what `counted_batches` takes besides. The batches of its own seed
+        decide the shape: whatever the others are, no more programs are compiled.
+
+    Yields:
+      Of each seed how many tokens its batch has, and the batch; all have one shape.
+    """
+    shape = _plan(examples, **settings).shape
+    plans = [_plan(examples, **settings | {"seed": s, "shape": shape}) for s in seeds]
+
+    def make(step: int) -> list[tuple[int, Batch]]:
+        some = [planned.examples_of(step) for planned in plans]
+        counts = [int(row_lengths(batch).sum()) for batch in some]
+        packed = pack_alike(some, shape, plans[0].num_completions)
+        return list(zip(counts, packed, strict=True))
+
+    return _ahead(make, start, stop)
 
 
 def locate(examples: Sequence[Example], step: int, **settings: Any) -> Rows:
@@ -179,6 +212,7 @@ def _plan(
     row_length: int | None = None,
     window: int = WINDOW,
     mismatch_within: int | None = None,
+    shape: Shape | None = None,
 ) -> _Planned:
     lengths, most = _planned_lengths(examples, mismatch_within)
     order = make_order(
@@ -194,15 +228,22 @@ def _plan(
             batch = with_mismatched(batch, mismatch_within)
         return batch
 
-    some = _first_steps(min(len(examples), num_seen), batch_size)
-    shape = choose_shape(
-        [row_lengths(examples_of(step)) for step in some],
-        longest=int(most.max()),
-        row_multiple=row_multiple,
-        row_length=row_length,
-    )
+    if shape is None:
+        some = _first_steps(min(len(examples), num_seen), batch_size)
+        shape = choose_shape(
+            [row_lengths(examples_of(step)) for step in some],
+            longest=int(most.max()),
+            row_multiple=row_multiple,
+            row_length=row_length,
+        )
     num_completions = most_completions(examples) if mismatch_within is None else 2
     return _Planned(numbers_of, examples_of, shape, num_completions)
+
+
+def _ahead(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
+    """What is made of each step, prepared in the background."""
+    steps = grain.MapDataset.range(start, stop).map(make)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(1, prefetch_buffer_size=4)))
 
 
 def _first_steps(num_examples: int, batch_size: int) -> list[int]:

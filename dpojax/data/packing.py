@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dpojax.batch import Batch
-from dpojax.data.plan import Lengths, Shape, fill_shape
+from dpojax.data.plan import Lengths, Shape, fill_alike, fill_shape
 
 Tokens = Int[np.ndarray, " tokens"]
 # Of so many rows of a batch, the numbers of those that are needed here.
@@ -122,6 +122,28 @@ def pack(
         num_completions=num_completions,
         own_rows=own_rows,
     )
+
+
+def pack_alike(
+    batches: Sequence[Sequence[Example]], shape: Shape, num_completions: int
+) -> list[Batch]:
+    """Lays several batches out as `pack` does one, in as many rows each, of one length.
+
+    Args:
+      batches: the examples of each.
+      shape: of the run.
+      num_completions: the most completions of an example.
+    """
+    filled, length = fill_alike([row_lengths(examples) for examples in batches], shape)
+    return [
+        as_batch(
+            [[examples[place] for place in row] for row in rows],
+            length=length,
+            num_slots=shape.num_slots,
+            num_completions=num_completions,
+        )
+        for examples, rows in zip(batches, filled, strict=True)
+    ]
 
 
 def most_completions(examples: Sequence[Example]) -> int:

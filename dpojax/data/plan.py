@@ -122,6 +122,21 @@ def fill_shape(lengths: Lengths, shape: Shape) -> tuple[Rows, int]:
     return rows + [[] for _ in range(num_rows - len(rows))], shape.row_length
 
 
+def fill_alike(batches: Sequence[Lengths], shape: Shape) -> tuple[list[Rows], int]:
+    """Packs several batches into equally many rows of one length, those of a shape.
+
+    Returns:
+      The rows of each, the last of which may be empty, and their length.
+    """
+    filled = [fill_shape(lengths, shape) for lengths in batches]
+    if len({row_length for _, row_length in filled}) > 1:
+        large = shape._replace(small=None)
+        filled = [fill_shape(lengths, large) for lengths in batches]
+    num_rows, row_length = max(len(rows) for rows, _ in filled), filled[0][1]
+    padded = [rows + [[] for _ in range(num_rows - len(rows))] for rows, _ in filled]
+    return padded, row_length
+
+
 def _fit(lengths: Lengths, row_length: int, num_slots: int) -> Rows | None:
     """Rows, or None if an example is longer than these."""
     if lengths.max() > row_length:

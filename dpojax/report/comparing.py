@@ -34,6 +34,14 @@ class Estimate(NamedTuple):
     half_width: float  # of its 95 % t interval over seeds; no number for one seed
 
 
+class Listed(NamedTuple):
+    """The runs that a path stands for."""
+
+    path: str
+    directories: list[str]
+    changes: list[dict[str, str]]  # how each differs from the others; of a sweep only
+
+
 class Combination(NamedTuple):
     """Runs that differ in their seed alone."""
 
@@ -46,29 +54,28 @@ class Combination(NamedTuple):
     is_on_frontier: bool = False  # none has a higher accuracy at a smaller KL
 
 
-def runs_of(path: str) -> list[str]:
+def runs_at(path: str) -> Listed:
     """The run directories of a sweep that have begun; of anything else, itself."""
     listed = read_list(Path(path))
     if listed is None:
-        return [path]
-    directories = [Path(path) / str(number) for number in range(len(listed.runs))]
-    return [str(run) for run in directories if (run / "metrics.jsonl").is_file()]
+        return Listed(path, [path], [])
+    every = [(Path(path) / str(n), changes) for n, changes in enumerate(listed.runs)]
+    begun = [(run, some) for run, some in every if (run / "metrics.jsonl").is_file()]
+    return Listed(path, [str(run) for run, _ in begun], [some for _, some in begun])
 
 
-def combinations(path: str, runs: Sequence[Run]) -> list[Combination]:
+def combinations(listed: Listed, runs: Sequence[Run]) -> list[Combination]:
     """What a sweep tried, the highest accuracy first; nothing where it is none.
 
     Args:
-      path: of the sweep.
-      runs: those of `runs_of`, as they were read, in their order.
+      listed: the runs that have begun.
+      runs: these, as they were read, in their order.
     """
-    listed = read_list(Path(path))
-    if listed is None:
+    if not listed.changes:
         return []
     by_name: dict[str, list[Run]] = {}
-    for directory, run in zip(runs_of(path), runs, strict=True):
-        changes = listed.runs[int(Path(directory).name)].items()
-        told = [f"{name} {value}" for name, value in changes if name != "seed"]
+    for changes, run in zip(listed.changes, runs, strict=True):
+        told = [f"{k} {value}" for k, value in changes.items() if k != "seed"]
         by_name.setdefault(", ".join(told) or "as given", []).append(run)
     found = [_combination(name, some) for name, some in by_name.items()]
     found.sort(key=lambda one: _or_least(one.accuracy.mean), reverse=True)

@@ -13,7 +13,13 @@ import numpy as np
 
 from dpojax.command_config import ReportConfig
 from dpojax.progress import say
-from dpojax.report.comparing import Estimate, choose, combinations, runs_of
+from dpojax.report.comparing import (
+    Estimate,
+    Listed,
+    choose,
+    combinations,
+    runs_at,
+)
 from dpojax.report.panels import panels
 from dpojax.report.reading import MOST_EVALUATIONS, Run, last, read_runs, spaced
 from dpojax.whole_files import write_bytes
@@ -45,27 +51,29 @@ class Prompt(NamedTuple):
 def report(config: ReportConfig) -> Path:
     """Writes the page of some runs, in place of an older one."""
     output = Path(config.output or Path(config.runs[0]) / "report.html")
-    text = page(config.runs)
+    listed = [runs_at(path) for path in config.runs]
+    text = page(listed)
     write_bytes(output, text.encode())
-    num_runs = sum(len(runs_of(path)) for path in config.runs)
+    num_runs = sum(len(each.directories) for each in listed)
     say(f"{output}: {num_runs} run(s), {len(text) / 1e6:.1f} MB")
     return output
 
 
-def page(paths: Sequence[str], refresh: int | None = None) -> str:
+def page(listed: Sequence[Listed], refresh: int | None = None) -> str:
     """The page of some runs.
 
     Args:
-      paths: run directories, or those of sweeps, which stand for their runs.
+      listed: of run directories, or of sweeps, which stand for their runs.
       refresh: seconds after which a browser asks again; None: never.
 
     Raises:
       ValueError: if a directory is no run, or of sweeps no run has begun.
     """
-    parts = [runs_of(path) for path in paths]
-    if not any(parts):
-        raise ValueError(f"None of the runs of {', '.join(paths)} has begun; wait.")
-    runs = read_runs([run for part in parts for run in part])
+    directories = [run for each in listed for run in each.directories]
+    if not directories:
+        paths = ", ".join(each.path for each in listed)
+        raise ValueError(f"None of the runs of {paths} has begun; wait.")
+    runs = read_runs(directories)
     loader = jinja2.PackageLoader("dpojax.report", "")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
@@ -76,7 +84,7 @@ def page(paths: Sequence[str], refresh: int | None = None) -> str:
         columns=[title for title, _, _ in _COLUMNS],
         runs=[_overview(run, number) for number, run in enumerate(runs)],
         warnings=[(run.name, row) for run in runs for row in run.warnings],
-        comparisons=_comparisons(paths, parts, runs),
+        comparisons=_comparisons(listed, runs),
         panels=panels(runs),
         names=[run.name for run in runs],
         differences=_differences(runs),
@@ -97,14 +105,13 @@ def _overview(run: Run, number: int) -> dict[str, Any]:
     }
 
 
-def _comparisons(
-    paths: Sequence[str], parts: Sequence[Sequence[str]], runs: Sequence[Run]
-) -> list[dict[str, Any]]:
-    """Of each sweep among the paths, a table of what it tried and a choice."""
+def _comparisons(listed: Sequence[Listed], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of each sweep among them, a table of what it tried and a choice."""
     found, rest = [], list(runs)
-    for path, part in zip(paths, parts, strict=True):
-        own, rest = rest[: len(part)], rest[len(part) :]
-        tried = combinations(path, own)
+    for each in listed:
+        count = len(each.directories)
+        own, rest = rest[:count], rest[count:]
+        tried = combinations(each, own)
         if tried:
             chosen, sentence = choose(tried)
             rows = [
@@ -122,7 +129,7 @@ def _comparisons(
                 }
                 for one in tried
             ]
-            found.append({"path": path, "rows": rows, "sentence": sentence})
+            found.append({"path": each.path, "rows": rows, "sentence": sentence})
     return found
 
 

@@ -10,7 +10,7 @@ from threading import Lock
 
 from dpojax.command_config import WatchConfig
 from dpojax.progress import say
-from dpojax.report.comparing import runs_of
+from dpojax.report.comparing import Listed, runs_at
 from dpojax.report.page import page
 
 _REFRESH = 5  # seconds between questions of a browser
@@ -19,7 +19,9 @@ _OWN_NAMES = ("127.0.0.1", "localhost")
 
 def watch(config: WatchConfig) -> None:
     """Serves the page until Ctrl-C."""
-    page(config.runs)  # refuses what is no run before anything is served
+    page(
+        [runs_at(path) for path in config.runs]
+    )  # refuses what is no run before anything is served
     with make_server(config.runs, config.port) as server:
         say(f"http://127.0.0.1:{server.server_port} shows the page; Ctrl-C ends it.")
         try:
@@ -73,13 +75,15 @@ class _Newest:
 
     def page(self) -> str:
         with self._lock:
-            state = self._look()
+            listed = [runs_at(path) for path in self._runs]
+            state = _look(listed)
             if state != self._state:
-                self._page, self._state = page(self._runs, _REFRESH), state
+                self._page, self._state = page(listed, _REFRESH), state
             return self._page
 
-    def _look(self) -> list[tuple[str, int, int]]:
-        runs = [Path(run) for path in self._runs for run in runs_of(path)]
-        files = [file for run in runs for file in run.glob("*.jsonl")]
-        found = [(str(file), file.stat()) for file in sorted(files)]
-        return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in found]
+
+def _look(listed: Sequence[Listed]) -> list[tuple[str, int, int]]:
+    runs = [Path(run) for each in listed for run in each.directories]
+    files = [file for run in runs for file in run.glob("*.jsonl")]
+    found = [(str(file), file.stat()) for file in sorted(files)]
+    return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in found]

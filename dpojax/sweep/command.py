@@ -23,9 +23,10 @@ from dpojax.progress import say
 from dpojax.run_directory import default_name
 from dpojax.sharding import make_mesh
 from dpojax.sweep.board import Board
+from dpojax.sweep.extent import blocks, extent_of, extents
 from dpojax.sweep.grid import expand
 from dpojax.sweep.grouping import Trial, as_trials, in_programs
-from dpojax.sweep.halving import better_half, combination, rungs
+from dpojax.sweep.halving import better_half, rungs
 from dpojax.sweep.program import Program
 from dpojax.sweep.wave import IsPreempted, train_wave
 from dpojax.sweep_list import read_list, write_list
@@ -113,17 +114,19 @@ def _check(config: SweepConfig) -> None:
 
 def _make_program(config: SweepConfig, trials: Sequence[Trial]) -> Program:
     mesh = make_mesh(**vars(trials[0].config.mesh))
-    most, memory = config.parallel, None
+    whole, most, memory = extent_of(trials), config.parallel, None
     if most is None:
+        most = len(trials)
         if config.memory_limit is not None or jax.default_backend() != "cpu":
             memory = device_memory(config.memory_limit)
         if config.search == "halving":
             # With a quarter at one time, two halvings fill programs whole.
-            most = math.ceil(len({combination(trial) for trial in trials}) / 4)
-    program = Program(trials, mesh, most, memory)
+            whole = whole._replace(combinations=math.ceil(whole.combinations / 4))
+    small = [extent for extent in extents(whole) if extent.num_runs <= most]
+    program = Program(trials, mesh, small, memory)
     say(
         f"{len(trials)} runs of {program.num_steps:,} steps, "
-        f"{program.width} at one time in one program."
+        f"{program.extent.num_runs} at one time in one program."
     )
     return program
 
@@ -137,8 +140,8 @@ def _stops(config: SweepConfig, program: Program, trials: Sequence[Trial]) -> li
     steps, every = program.num_steps, config.evaluate_every
     if config.search == "all":
         return [steps]
-    combinations = {combination(trial) for trial in trials}
-    return [*rungs(len(combinations), program.width, steps, every), steps]
+    all_, width = extent_of(trials).combinations, program.extent.combinations
+    return [*rungs(all_, width, steps, every), steps]
 
 
 def _train(
@@ -150,8 +153,8 @@ def _train(
 ) -> bool:
     """Trains the runs of one program; whether it was told to end."""
     for step in stops:
-        for wave in program.waves(trials):
-            if train_wave(program, wave, min(step, program.stop), is_preempted, board):
+        for block in blocks(trials, program.extent):
+            if train_wave(program, block, min(step, program.stop), is_preempted, board):
                 return True
         if step >= program.stop:
             break

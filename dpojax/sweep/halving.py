@@ -51,17 +51,17 @@ def better_half(trials: Sequence[Trial], step: int) -> list[Trial]:
     """The runs of the combinations that are ahead after a step, in their old order."""
     by_combination: dict[Any, list[Trial]] = {}
     for trial in trials:
-        by_combination.setdefault(combination(trial), []).append(trial)
+        by_combination.setdefault(_combination(trial), []).append(trial)
     scores = {
         key: _mean([_score(trial, step) for trial in some])
         for key, some in by_combination.items()
     }
     order = sorted(by_combination, key=lambda key: scores[key], reverse=True)
     kept = set(order[: math.ceil(len(order) / 2)])
-    return [trial for trial in trials if combination(trial) in kept]
+    return [trial for trial in trials if _combination(trial) in kept]
 
 
-def combination(trial: Trial) -> tuple[tuple[str, str], ...]:
+def _combination(trial: Trial) -> tuple[tuple[str, str], ...]:
     """What a run has in common with those of other seeds."""
     return tuple((k, v) for k, v in trial.changes.items() if k != "seed")
 

@@ -3,14 +3,16 @@
 This file reads settings; it knows no loop.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from dpojax.batch import Batch
 from dpojax.course import Course
 from dpojax.data.loader import fingerprint
 from dpojax.fit import SHARE, needed
@@ -22,11 +24,14 @@ from dpojax.prepare import largest_learning_rate
 from dpojax.reference import Params
 from dpojax.reference_setting import make_movement
 from dpojax.resume import abstract, make_note
-from dpojax.sharding import make_placement, rows_sharding
+from dpojax.sharding import make_placement, put_everywhere
+from dpojax.sweep.extent import Block, Extent
 from dpojax.sweep.grouping import Trial, representative
 from dpojax.sweep.objectives import Names, Objectives
 from dpojax.sweep.stacked import Lanes, Stacked, as_lanes, make_stacked
 from dpojax.training import Training, make_training
+
+Item = TypeVar("Item")
 
 
 class Program:
@@ -36,7 +41,7 @@ class Program:
         self,
         trials: Sequence[Trial],
         mesh: Mesh,
-        most: int | None,
+        extents: Sequence[Extent],
         memory: float | None,
     ):
         """Loads what they share, and finds how many are trained at one time.
@@ -44,7 +49,7 @@ class Program:
         Args:
           trials: the runs.
           mesh: where everything is.
-          most: so many at most; None: those of a seed.
+          extents: so many or so many, the best first.
           memory: bytes of a device that must hold them; None: not to be asked.
 
         Raises:
@@ -55,7 +60,7 @@ class Program:
         self.material = load_material(shared.config, shared.loss, mesh)
         self.placement = make_placement(mesh)
         self._fingerprint = fingerprint(self.material.train)
-        course = self.course(shared)
+        self._course = course = self.course(shared)
         self.num_steps, self.stop = course.num_steps, course.stop
         first_of = {trial.config.loss: trial for trial in reversed(trials)}
         self._numbers = {loss: number for number, loss in enumerate(first_of)}
@@ -78,27 +83,32 @@ class Program:
             movement=movement,
             shapes=some[0].shapes._replace(running=running),
         )
-        most = min(max(map(len, _by_seed(trials))), most or len(trials))
-        self.width = most if memory is None else self._fitting(most, memory)
-        self.stacked = self._make(num_lanes=self.width)
+        self.extent = extents[0] if memory is None else self._fitting(extents, memory)
+        self.stacked = self._make(extent=self.extent)
         loaded, test = self.material.loaded, self.material.test
         self.sampled = make_sample_writer(
             self.config, shared.loss, loaded, test, self.placement
         )
 
-    def waves(self, trials: Sequence[Trial]) -> list[list[Trial]]:
-        """Those that are trained at one time: of one seed, which decides the data."""
-        return [
-            list(seed[start : start + size])
-            for seed in _by_seed(trials)
-            for size in [-(-len(seed) // -(-len(seed) // self.width))]
-            for start in range(0, len(seed), size)
-        ]
-
     def course(self, trial: Trial) -> Course:
         """A run's steps."""
         train, num_shards = self.material.train, self.placement.num_shards
         return Course(trial.config, trial.loss, train, num_shards)
+
+    def batches(
+        self, block: Block, start: int, stop: int
+    ) -> Iterator[list[tuple[int, Batch]]]:
+        """Of each step, every seed's batch and its number of tokens."""
+        seeds = [some[0].config.seed for some in block]
+        every, parts = _filled(seeds, self.extent.seeds), self.config.microbatches
+        return self._course.batches_of_seeds(every, start, stop, parts)
+
+    def put(self, counted: Sequence[tuple[int, Batch]]) -> Batch:
+        """Sends the batches of a step off to the devices, stacked."""
+        batches = [batch for _, batch in counted]
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+        where = jax.tree.map(lambda _: self.stacked.rows, stacked)
+        return put_everywhere(stacked, where)
 
     def training(self, trial: Trial) -> Training:
         """What a run would be trained with alone; nothing of it is compiled yet."""
@@ -131,12 +141,13 @@ class Program:
         reference = policy.reference if self.frozen is None else self.frozen
         return self.stacked.measured(policy.trained, reference, self._batch)
 
-    def lanes(self, trials: Sequence[Trial]) -> Lanes:
+    def lanes(self, block: Block) -> Lanes:
         """What differs between runs, on the devices; idle lanes repeat the first."""
-        every = [*trials, *[trials[0]] * (self.width - len(trials))]
+        wide = [_filled(some, self.extent.combinations) for some in block]
+        every = _filled(wide, self.extent.seeds)
         return as_lanes(
-            [self._numbers[trial.config.loss] for trial in every],
-            [self._learning_rate(trial) for trial in every],
+            [[self._numbers[trial.config.loss] for trial in some] for some in every],
+            [[self._learning_rate(trial) for trial in some] for some in every],
         )
 
     def whole(self, trained: Params, trial: Trial) -> tuple[Params, Params | None]:
@@ -159,31 +170,30 @@ class Program:
         needs_reference = "reference" in trial.loss.needs
         return policy if needs_reference else policy._replace(reference=None)
 
-    def _fitting(self, most: int, memory: float) -> int:
-        """The width of the fewest equal programs that fit."""
-        for num_programs in range(1, most + 1):
-            width = math.ceil(most / num_programs)
-            if needed(partial(self.compile_step, width)) <= SHARE * memory:
-                return width
+    def _fitting(self, extents: Sequence[Extent], memory: float) -> Extent:
+        """The first that fits."""
+        for extent in extents:
+            if needed(partial(self.compile_step, extent)) <= SHARE * memory:
+                return extent
         raise ValueError(
             f"Not even one run fits a device's {memory / 2**30:.3g} GiB, of which a "
             "tenth is left free; see dpojax train --fit for what would."
         )
 
-    def compile_step(self, width: int) -> jax.stages.Compiled:
+    def compile_step(self, extent: Extent) -> jax.stages.Compiled:
         """The step of so many runs at one time, from shapes alone."""
-        stacked, where = self._make(num_lanes=width), rows_sharding(self._mesh)
-        batch = jax.tree.map(
-            lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=where),
+        stacked = self._make(extent=extent)
+        batches = jax.tree.map(
+            lambda rows: jax.ShapeDtypeStruct(
+                (extent.seeds, *rows.shape), rows.dtype, sharding=stacked.rows
+            ),
             self._batch,
         )
-        lanes, frozen = as_lanes([0] * width, [0.0] * width), self.frozen
-        frozen = jax.tree.map(abstract, frozen)
-        return stacked.step.lower(stacked.shapes, lanes, frozen, batch).compile()
+        lanes = Lanes(jnp.zeros(extent, jnp.int32), jnp.zeros(extent))
+        frozen = jax.tree.map(abstract, self.frozen)
+        return stacked.step.lower(stacked.shapes, lanes, frozen, batches).compile()
 
 
-def _by_seed(trials: Sequence[Trial]) -> list[list[Trial]]:
-    seeds: dict[int, list[Trial]] = {}
-    for trial in trials:
-        seeds.setdefault(trial.config.seed, []).append(trial)
-    return list(seeds.values())
+def _filled(some: Sequence[Item], number: int) -> list[Item]:
+    """So many, the first for those that are missing."""
+    return [*some, *[some[0]] * (number - len(some))]

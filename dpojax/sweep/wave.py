@@ -1,11 +1,11 @@
 """The loop for several runs at once: that of `dpojax.run`, with a journal for each.
 
-All start at one step, see the same batches, and stop together; one that is no number
-any more stands still, and the others do not notice. This file knows no settings but
-those of the loop.
+All start at one step, those of a seed see the same batches, and all stop together; one
+that is no number any more stands still, and the others do not notice. This file knows
+no settings but those of the loop.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -25,8 +25,10 @@ from dpojax.run_directory import open_directory, write_skipped
 from dpojax.sharding import put_ahead
 from dpojax.step_log import NotFinite
 from dpojax.sweep.board import Board
+from dpojax.sweep.extent import Block
 from dpojax.sweep.grouping import Trial
 from dpojax.sweep.program import Program
+from dpojax.sweep.stacked import Place
 from dpojax.sweep.standing import (
     go_back_to,
     has_begun,
@@ -43,7 +45,7 @@ IsPreempted = Callable[[int], bool]
 
 def train_wave(
     program: Program,
-    trials: Sequence[Trial],
+    block: Block,
     stop: int,
     is_preempted: IsPreempted,
     board: Board,
@@ -52,8 +54,8 @@ def train_wave(
 
     Args:
       program: what they share.
-      trials: so many as are trained at one time, of one seed. Each keeps its lane,
-        whatever becomes of the others: so its numbers stay the same.
+      block: so many as are trained at one time. Each keeps its place, whatever becomes
+        of the others: so its numbers stay the same.
       stop: the step.
       is_preempted: asked after each step whether to end now.
       board: shows them.
@@ -61,7 +63,7 @@ def train_wave(
     Returns:
       Whether it was told to end.
     """
-    directories = [trial.directory for trial in trials]
+    directories = [trial.directory for some in block for trial in some]
     directories = [one for one in directories if not has_diverged(one)]
     if all(map(is_finished, directories)):
         return False
@@ -70,7 +72,7 @@ def train_wave(
         return False  # where runs were dropped, those that were not are further
     go_back_to(step, directories)
     with ExitStack() as opened:
-        wave = Wave(program, trials, step, board, opened)
+        wave = Wave(program, block, step, board, opened)
         if step == 0:
             wave.evaluate(0)
         step, told = wave.take_steps(step, stop, is_preempted)
@@ -81,9 +83,9 @@ def train_wave(
 class Lane:
     """One of the runs: its journal, and what is its own of stacked arrays."""
 
-    def __init__(self, program: Program, number: int, trial: Trial):
-        """The run of that lane; `open` gives it a journal."""
-        self.number, self.trial = number, trial
+    def __init__(self, program: Program, place: Place, trial: Trial):
+        """The run of that place; `open` gives it a journal."""
+        self.place, self.trial = place, trial
         self.training = program.training(trial)
         self.course = program.course(trial)
         names = program.names(trial)
@@ -119,7 +121,7 @@ class Lane:
 
     def state(self, stacked: TrainState) -> TrainState:
         """The run's own state, as if it were trained alone."""
-        own = self._stacked.take(stacked, self.number)
+        own = self._stacked.take(stacked, self.place)
         names = self.training.shapes.running
         return own._replace(running={name: own.running[name] for name in names})
 
@@ -138,7 +140,7 @@ class Lane:
 
     def _own(self, named: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
         return {
-            name: jax.tree.map(lambda array: gathered(array)[self.number], tree)
+            name: jax.tree.map(lambda array: gathered(array)[*self.place], tree)
             for name, tree in named.items()
             if name in names
         }
@@ -150,30 +152,31 @@ class Wave:
     def __init__(
         self,
         program: Program,
-        trials: Sequence[Trial],
+        block: Block,
         step: int,
         board: Board,
         opened: ExitStack,
     ):
         """Opens their directories, and makes or restores their states."""
-        self._program, self._board = program, board
+        self._program, self._block, self._board = program, block, board
         self._lanes = [  # those that are no number any more leave
-            Lane(program, number, trial)
-            for number, trial in enumerate(trials)
+            Lane(program, Place(seed, combination), trial)
+            for seed, some in enumerate(block)
+            for combination, trial in enumerate(some)
             if not has_diverged(trial.directory)
         ]
-        self._values = program.lanes(trials)
+        self._values = program.lanes(block)
         self._state = program.stacked.empty()
-        idle = set(range(program.width))
+        idle = {Place(*at) for at in np.ndindex(*program.extent)}
         for lane in self._lanes:
             lane.open(program, step, board, opened)
             state = lane.training.begin()
             if step:
                 state = lane.journal.restore(jax.tree.map(abstract, state))
-            self._put(lane.number, state)
-            idle.remove(lane.number)
-        for number in idle:
-            self._put(number, state._replace(halted=np.ones((), bool)))
+            self._put(lane.place, state)
+            idle.remove(lane.place)
+        for place in idle:
+            self._put(place, state._replace(halted=np.ones((), bool)))
 
     def evaluate(self, step: int) -> None:
         """Measures every run on the held-out examples."""
@@ -201,21 +204,18 @@ class Wave:
     ) -> tuple[int, bool]:
         """Trains until a step; returns the last, and whether it was told to end."""
         program, told = self._program, False
-        course, placement = self._lanes[0].course, program.placement
-        parts = program.config.microbatches
-        batches = course.batches(step, stop, parts, placement.own_rows)
+        course = self._lanes[0].course
+        batches = program.batches(self._block, step, stop)
         for lane in self._lanes:
             lane.journal.start_steps(lane.fetch)
-        for (num_tokens, _), placed in put_ahead(
-            batches, lambda counted: placement.put_own(counted[1])
-        ):
+        for counted, placed in put_ahead(batches, program.put):
             self._state, sums = program.stacked.step(
                 self._state, self._values, program.frozen, placed
             )
             self._each(lambda lane: lane.journal.steps.catch_up())
             step += 1
             for lane in self._lanes:
-                lane.journal.steps.add(step, sums, num_tokens)
+                lane.journal.steps.add(step, sums, counted[lane.place.seed][0])
             told = is_preempted(step)
             due = course.due(step, stop=step if told else stop)
             if due.log or due.evaluate:
@@ -249,11 +249,11 @@ class Wave:
                 for lane in self._lanes:
                     lane.journal.save(step, lane.state(self._state))
 
-    def _put(self, number: int, state: TrainState) -> None:
-        """Gives a lane its state; statistics of losses that it lacks stay."""
-        running = jax.tree.map(lambda array: array[number], self._state.running)
+    def _put(self, place: Place, state: TrainState) -> None:
+        """Gives a run its state; statistics of losses that it lacks stay."""
+        running = jax.tree.map(lambda array: array[*place], self._state.running)
         whole = state._replace(running=running | state.running)
-        self._state = self._program.stacked.put(self._state, number, whole)
+        self._state = self._program.stacked.put(self._state, place, whole)
 
     def _each(self, action: Callable[[Lane], None]) -> None:
         """Does something for every run; those that are no number leave."""

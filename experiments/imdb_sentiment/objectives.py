@@ -1,6 +1,7 @@
 """The objectives that are compared, and the run of each. Knows no result."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from sizes import Size
 
@@ -25,20 +26,28 @@ DPO's betas are the paper's. Betas of the others are their own defaults or the p
 """
 
 
-def alignment(
-    name: str, seed: int, model: Path, pairs: Path, output: Path, size: Size
-) -> TrainConfig:
-    """The run of an objective: constant rate after the warm-up, as in the paper.
+class Policy(NamedTuple):
+    """What the compared policies differ in."""
 
-    All have the same data, steps and rate; a seed decides the order of the data.
+    name: str  # the objective's
+    rate: float  # the largest learning rate
+    seed: int
+
+
+def alignment(
+    policy: Policy, model: Path, pairs: Path, output: Path, size: Size
+) -> TrainConfig:
+    """The run that makes a policy: constant rate after the warm-up, as in the paper.
+
+    All have the same data and steps; a seed decides the order of the data.
     """
     every = size.steps // size.points
     return TrainConfig(
-        loss=OBJECTIVES[name],
+        loss=OBJECTIVES[policy.name],
         model=str(model),
         data=(str(pairs),),
         output=str(output),
-        seed=seed,
+        seed=policy.seed,
         test_size=64 if size.num_reviews is None else 4,
         max_length=size.length,
         batch_size=size.pairs_per_step,
@@ -49,6 +58,6 @@ def alignment(
         save_every=every,
         keep_last=size.points,
         optimizer=OptimizerConfig(
-            learning_rate=size.learning_rate, schedule="constant", beta2=0.99
+            learning_rate=policy.rate, schedule="constant", beta2=0.99
         ),
     )

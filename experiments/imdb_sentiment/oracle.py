@@ -5,7 +5,7 @@ of IMDb's training split: whole reviews and short pieces of them, since it is to
 short texts. It knows no language model. Needs scikit-learn, which dpojax does not.
 """
 
-import pickle
+import io
 import random
 from collections.abc import Sequence
 from importlib import import_module
@@ -22,14 +22,32 @@ PIECE = 30  # words
 
 
 class Oracle:
-    """Scores texts."""
+    """Scores texts: a linear function of tf-idf."""
 
-    def __init__(self, pipeline: Any):
-        self._pipeline = pipeline
+    def __init__(
+        self,
+        terms: Sequence[str],
+        idf: Float[np.ndarray, " terms"],
+        weights: Float[np.ndarray, " terms"],
+        bias: float,
+    ):
+        """See `fit_oracle`.
+
+        Args:
+          terms: words and pairs of words.
+          idf: how rare each is.
+          weights: of each one's tf-idf.
+          bias: the log-odds of a text without any.
+        """
+        together = "\n".join(terms)  # none has a space but one between two words
+        self._parts = {"terms": together, "idf": idf, "weights": weights, "bias": bias}
+        self._vectors = _vectorizer(vocabulary=list(terms))
+        self._vectors.idf_ = idf
+        self._weights, self._bias = weights, bias
 
     def log_odds(self, texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
         """The log-odds of each: log p(positive) - log p(negative)."""
-        return np.asarray(self._pipeline.decision_function(list(texts)), np.float64)
+        return self._vectors.transform(texts) @ self._weights + self._bias
 
     def accuracy(self, reviews: Sequence[Review]) -> float:
         """The share of labels that the sign of the log-odds finds."""
@@ -38,25 +56,33 @@ class Oracle:
 
     def save(self, path: Path) -> None:
         """Writes it for `load_oracle`."""
-        write_bytes(path, pickle.dumps(self._pipeline))
+        file = io.BytesIO()
+        np.savez(file, **{name: np.asarray(x) for name, x in self._parts.items()})
+        write_bytes(path, file.getvalue())
 
 
 def load_oracle(path: Path) -> Oracle:
-    """Reads what `Oracle.save` wrote; only files of one's own, since it is a pickle."""
-    return Oracle(pickle.loads(path.read_bytes()))
+    """Reads what `Oracle.save` wrote."""
+    with np.load(path, allow_pickle=False) as saved:
+        terms = saved["terms"].item().split("\n")
+        return Oracle(terms, saved["idf"], saved["weights"], float(saved["bias"]))
 
 
 def fit_oracle(reviews: Sequence[Review]) -> Oracle:
     """Fits the classifier to labelled reviews."""
-    text = import_module("sklearn.feature_extraction.text")
-    linear = import_module("sklearn.linear_model")
-    pipeline = import_module("sklearn.pipeline").make_pipeline(
-        text.TfidfVectorizer(ngram_range=(1, 2), min_df=5, sublinear_tf=True),
-        linear.LogisticRegression(C=10.0, max_iter=200, solver="liblinear"),
-    )
     seen = [*reviews, *cut(reviews, seed=0)]
-    pipeline.fit([review.text for review in seen], [review.label for review in seen])
-    return Oracle(pipeline)
+    vectors = _vectorizer(min_df=5)
+    found = vectors.fit_transform([review.text for review in seen])
+    linear = import_module("sklearn.linear_model")
+    classifier = linear.LogisticRegression(C=10.0, max_iter=200, solver="liblinear")
+    classifier.fit(found, [review.label for review in seen])
+    terms, weights = vectors.get_feature_names_out(), classifier.coef_[0]
+    return Oracle(list(terms), vectors.idf_, weights, float(classifier.intercept_[0]))
+
+
+def _vectorizer(**settings: Any) -> Any:
+    text = import_module("sklearn.feature_extraction.text")
+    return text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, **settings)
 
 
 def cut(reviews: Sequence[Review], seed: int) -> list[Review]:

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from language import (
     write_new_model,
     write_pieces,
 )
-from objectives import OBJECTIVES, alignment
+from objectives import OBJECTIVES, Policy, alignment
 from oracle import Oracle, cut, fit_oracle, load_oracle
 from policies import Writer, measure, standard_error
 from preferences import best_of, best_of_kl, make_pairs
@@ -76,9 +77,10 @@ def main(
     measure_best_of(points, chosen, sft, prompts, oracle)
     # Seed by seed, so that what is there at any time compares the objectives.
     for seed in range(seeds):
-        for name in only or OBJECTIVES:
-            if (name, seed) not in {(r["name"], r["seed"]) for r in read_lines(points)}:
-                rows = align(output, chosen, writer, prompts, oracle, name, seed)
+        for rate, name in product(chosen.learning_rates, only or OBJECTIVES):
+            policy = Policy(name, rate, seed)
+            if policy not in {made_by(row) for row in read_lines(points)}:
+                rows = align(output, chosen, writer, prompts, oracle, policy)
                 add_lines(points, rows)
 
 
@@ -130,7 +132,7 @@ def continued(config: TrainConfig) -> None:
 
 def make_oracle(output: Path, size: Size) -> Oracle:
     """The classifier, and its accuracy on reviews that it has not seen."""
-    path = output / "oracle.pickle"
+    path = output / "oracle.npz"
     if not path.exists():
         say("Fitting the oracle")
         oracle = fit_oracle(read_reviews(IMDB / "train.jsonl.gz", size.num_reviews))
@@ -220,28 +222,32 @@ def align(
     writer: Writer,
     prompts: list[str],
     oracle: Oracle,
-    name: str,
-    seed: int,
+    policy: Policy,
 ) -> list[dict[str, Any]]:
     """One run of an objective, measured several times; its weights are not kept."""
     start = time.perf_counter()
     place = output / "aligning"
     shutil.rmtree(place, ignore_errors=True)
-    say(f"Aligning: {name}, seed {seed}")
+    say(f"Aligning: {policy.name}, rate {policy.rate:g}, seed {policy.seed}")
     model = output / "sft" / "final"
-    run(alignment(name, seed, model, output / "pairs.jsonl", place, size))
+    run(alignment(policy, model, output / "pairs.jsonl", place, size))
     like = {"params": jax.tree.map(abstract, writer.sft.params)}
     checkpoints = Checkpoints(place / "checkpoints", read_only=True)
     rows = []
     for step in checkpoints.steps:
         params = checkpoints.restore(step, like)["params"]
-        found = measure(writer, params, prompts, oracle, seed)
-        rows.append({"name": name, "seed": seed, "step": step, **found})
+        found = measure(writer, params, prompts, oracle, policy.seed)
+        rows.append(policy._asdict() | {"step": step} | found)
         say(f"step {step}: reward {found['reward']:.3f}, KL {found['kl']:.2f}")
     checkpoints.close()
     shutil.rmtree(place)
     seconds = time.perf_counter() - start
     return [row | {"seconds": round(seconds, 1)} for row in rows]
+
+
+def made_by(row: dict[str, Any]) -> Policy:
+    """Whose line it is; the SFT model and best-of-N have no rate."""
+    return Policy(row["name"], row.get("rate", 0.0), row["seed"])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

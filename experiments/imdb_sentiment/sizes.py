@@ -39,8 +39,8 @@ class Size:
     """Of every alignment run."""
     points: int
     """Evaluations along each, evenly spaced; the last is at its end."""
-    learning_rate: float
-    """Of every alignment run."""
+    learning_rates: tuple[float, ...]
+    """Every objective is run with each."""
     pretrain_rate: float = 2e-3
     sft_rate: float = 5e-4
 
@@ -63,7 +63,7 @@ TINY = Size(
     pairs_per_step=4,
     steps=2,
     points=1,
-    learning_rate=5e-4,
+    learning_rates=(5e-4,),
 )
 SMALL = Size(
     vocabulary=4096,
@@ -83,7 +83,7 @@ SMALL = Size(
     pairs_per_step=32,
     steps=120,
     points=3,
-    learning_rate=5e-4,
+    learning_rates=(5e-4, 1e-4),
 )
 LARGE = Size(
     vocabulary=16_384,
@@ -103,7 +103,7 @@ LARGE = Size(
     pairs_per_step=64,
     steps=1_200,
     points=12,
-    learning_rate=1e-6,
+    learning_rates=(1e-6,),
     pretrain_rate=6e-4,
     sft_rate=1e-5,
 )

@@ -20,9 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from dpojax.batch import Batch
 from dpojax.bench_inputs import make_random_model, shape_settings
 from dpojax.command_config import BenchConfig, PlanConfig, ShapeConfig
 from dpojax.config import LoraConfig, TrainConfig
@@ -34,8 +36,9 @@ from dpojax.planning.shapes import plan_model, plan_policy
 from dpojax.planning.walk import count
 from dpojax.policy import Policy, computed, make_policy
 from dpojax.sharding import make_mesh, make_placement, num_row_shards, rows_sharding
+from dpojax.sweep.extent import Extent
 from dpojax.sweep.objectives import Objectives
-from dpojax.sweep.stacked import Stacked, as_lanes, make_stacked
+from dpojax.sweep.stacked import Lanes, Place, Stacked, make_stacked
 from dpojax.training import Training, make_training
 
 NUM_STEPS = 100
@@ -52,10 +55,12 @@ def main() -> None:
     compiled.add_argument("--pairs", type=int, default=4, help="of a step")
     compiled.add_argument("--remat", default="full")
     compiled.add_argument("--runs", type=int, nargs="+", default=[1, 2, 8])
+    compiled.add_argument("--seeds", type=int, default=1, help="that runs have")
     timed = commands.add_parser("time")
     timed.add_argument("--shape", default="4x256")
     timed.add_argument("--pairs", type=int, default=4)
     timed.add_argument("--runs", type=int, default=8)
+    timed.add_argument("--seeds", type=int, default=1, help="that runs have")
     timed.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     {"compile": compile_all, "time": time_all}[args.command](args)
@@ -78,30 +83,27 @@ def compile_all(args: argparse.Namespace) -> None:
     )
     for reference in ("precomputed", None):
         for runs in args.runs:
-            told = {"runs": runs, "reference": reference or "live"}
-            print(
-                json.dumps(
-                    told | _compiled(replace(config, reference=reference), mesh, runs)
-                )
-            )
+            seeds = min(runs, args.seeds)
+            extent = Extent(seeds, runs // seeds)
+            told = {"runs": runs, "seeds": seeds, "reference": reference or "live"}
+            found = _compiled(replace(config, reference=reference), mesh, extent)
+            print(json.dumps(told | found))
 
 
-def _compiled(config: PlanConfig, mesh: Mesh, runs: int) -> dict[str, Any]:
+def _compiled(config: PlanConfig, mesh: Mesh, extent: Extent) -> dict[str, Any]:
     loaded = plan_model(config, shape_settings(config.shape), LOSS, mesh)
     policy = plan_policy(config, LOSS, loaded, mesh)
     training = make_training(config, LOSS, loaded, policy, mesh, NUM_STEPS)
     shards = num_row_shards(mesh)
     host = first_batch(config, LOSS, plan_examples(config, LOSS, loaded), shards)
-    rows = rows_sharding(mesh)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), host
-    )
-    if runs == 1:
+    if extent.num_runs == 1:
+        batch = _shapes(host, rows_sharding(mesh))
         lowered = training.step.lower(training.shapes, training.frozen, batch)
     else:
-        stacked = _stacked(config, loaded, policy, mesh, training, runs)
-        lanes = as_lanes([0] * runs, [1e-5] * runs)
-        lowered = stacked.step.lower(stacked.shapes, lanes, policy.frozen, batch)
+        stacked = _stacked(config, loaded, policy, mesh, training, extent)
+        batches = _shapes(_repeated(host, extent), stacked.rows)
+        states, lanes = stacked.shapes, _lanes(extent)
+        lowered = stacked.step.lower(states, lanes, policy.frozen, batches)
     program = lowered.compile()
     positions = host.tokens.size // shards
     turns = scored_chunks(host, shards, 1, min(config.chunk_size, positions))
@@ -136,14 +138,15 @@ def time_all(args: argparse.Namespace) -> None:
     found = {}
     for reference in ("precomputed", None):
         told = replace(config, reference=reference)
-        one, every = _times(told, loaded, mesh, args.runs, args.steps)
+        extent = Extent(args.seeds, args.runs // args.seeds)
+        one, every = _times(told, loaded, mesh, extent, args.steps)
         name = reference or "live"
         found |= {f"one run, {name}": one, f"{args.runs} runs, {name}": every}
     print(json.dumps({name: round(value, 4) for name, value in found.items()}))
 
 
 def _times(
-    config: PlanConfig, loaded: Loaded, mesh: Mesh, runs: int, steps: int
+    config: PlanConfig, loaded: Loaded, mesh: Mesh, extent: Extent, steps: int
 ) -> tuple[float, float]:
     host = first_batch(
         config, LOSS, plan_examples(config, LOSS, loaded), num_row_shards(mesh)
@@ -151,18 +154,21 @@ def _times(
     batch = make_placement(mesh).put(host)
     policy = make_policy(config, LOSS, loaded, mesh)
     training = make_training(config, LOSS, loaded, policy, mesh, NUM_STEPS)
-    stacked = _stacked(config, loaded, policy, mesh, training, runs)
-    lanes = as_lanes([0] * runs, [1e-5] * runs)
+    stacked, lanes = (
+        _stacked(config, loaded, policy, mesh, training, extent),
+        _lanes(extent),
+    )
+    batches = jax.device_put(_repeated(host, extent), stacked.rows)
     states = stacked.empty()
-    for lane in range(runs):
-        states = stacked.put(states, lane, training.begin())
+    for place in np.ndindex(*extent):
+        states = stacked.put(states, Place(*place), training.begin())
     state = jax.tree.map(jnp.copy, training.begin())  # the step takes it
 
     def one(state: Any) -> Any:
         return training.step(state, policy.frozen, batch)
 
     def every(states: Any) -> Any:
-        return stacked.step(states, lanes, policy.frozen, batch)
+        return stacked.step(states, lanes, policy.frozen, batches)
 
     return _seconds(one, state, steps), _seconds(every, states, steps)
 
@@ -184,7 +190,7 @@ def _stacked(
     policy: Policy,
     mesh: Mesh,
     training: Training,
-    runs: int,
+    extent: Extent,
 ) -> Stacked:
     return make_stacked(
         config,
@@ -195,7 +201,22 @@ def _stacked(
         num_steps=NUM_STEPS,
         movement=None,
         shapes=training.shapes,
-        num_lanes=runs,
+        extent=extent,
+    )
+
+
+def _lanes(extent: Extent) -> Lanes:
+    return Lanes(jnp.zeros(extent, jnp.int32), jnp.full(extent, 1e-5))
+
+
+def _repeated(batch: Batch, extent: Extent) -> Batch:
+    """The same for every seed."""
+    return jax.tree.map(lambda x: np.stack([x] * extent.seeds), batch)
+
+
+def _shapes(batch: Batch, sharding: NamedSharding) -> Batch:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
     )
 
 
