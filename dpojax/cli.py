@@ -98,7 +98,7 @@ def _dispatch(arguments: list[str]) -> None:
         _show(config)
         return
     if isinstance(config, CompletionConfig):
-        print(as_script(config.shell, _ORIGIN_FLAGS, _make_cli(TrainConfig())), end="")
+        _complete(config)
         return
     if print_config:
         print(as_source(config), end="")
@@ -160,6 +160,14 @@ def _show(config: ReportConfig | WatchConfig) -> None:
             report(config)
         case WatchConfig():
             watch(config)
+
+
+def _complete(config: CompletionConfig) -> None:
+    """Apart too: the names of losses are jax's to import, which takes a second."""
+    from dpojax.losses.table import MIXTURES, OBJECTIVES
+
+    losses, cli = [*OBJECTIVES, *MIXTURES], _make_cli(TrainConfig())
+    print(as_script(config.shell, flags=_ORIGIN_FLAGS, losses=losses, cli=cli), end="")
 
 
 def _take_origin(arguments: list[str]) -> tuple[TrainConfig, list[str], bool]:

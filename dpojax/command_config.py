@@ -18,38 +18,40 @@ class EvalConfig:
     model: str
     """Policy: a model directory or a hub name."""
     reference: str | None = None
-    """Reference model, likewise; for losses and a KL that need one."""
+    """Reference model, likewise; for losses and a KL that need one. Default: none."""
     data: tuple[str, ...]
     """Preference data, as for train."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our names of columns and the data's, as in training."""
     split: str = "test"
-    """Split evaluated on; cut off the data as train does if it has none."""
+    """Split evaluated on (as train); cut off the data as train does if it has none."""
     test_size: float = 0.05
-    """What is cut off: as in training, or the split is another one."""
+    """Share or number of examples cut off (as train), or the split is another one."""
     max_examples: int | None = None
-    """Use this many examples, chosen at random as in training."""
+    """Examples that are used, chosen at random as in training. Default: all."""
     max_length: int = 1024
-    """Most tokens of a prompt and one completion, with EOS."""
+    """Most tokens of a prompt and one completion, with EOS (as train)."""
     too_long: Literal["truncate", "drop"] = "truncate"
-    """Longer examples are cut or dropped, as in training."""
+    """Longer examples are cut or dropped (as train)."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A record that cannot be used stops the command, or is left out and listed."""
+    """A record that cannot be used stops the command (as train), or is left out and
+    listed."""
     loss: LossConfig = field(default_factory=LossConfig)
     pairs_from: Literal["best_worst", "all", "rso"] = "best_worst"
-    """How ranked or scored completions become pairs, as in training."""
+    """How ranked or scored completions become pairs (as train)."""
     turns: Literal["all", "assistant"] = "all"
-    """What of a chat's completion is scored, as in training."""
+    """What of a chat's completion is scored (as train)."""
     batch_size: int = 16
-    """Examples evaluated at one time."""
+    """Examples evaluated at one time (paper's code: 16)."""
     kl_samples: int = 64
-    """Prompts continued by the policy to estimate KL(policy || reference); 0: none."""
+    """Prompts continued by the policy to estimate KL(policy || reference) (ours: the
+    error is an eighth of the spread); 0: none."""
     sample_tokens: int = 64
-    """Most tokens of such a completion."""
+    """Most tokens of such a completion (as train)."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
     seed: int = 0
-    """Decides the samples."""
+    """Number that decides the samples (ours: any will do)."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
@@ -74,11 +76,11 @@ class SweepConfig(TrainConfig):
     over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A setting and its values: loss.beta=0.1,0.5; given again, all combinations."""
     seeds: int = 1
-    """Seeds of each combination, from `seed` on."""
+    """Seeds of each combination, from `seed` on; 1: one run each."""
     parallel: int | None = None
     """The most runs trained at one time. Default: as many as fit the memory."""
     search: Literal["all", "halving"] = "all"
-    """Train all to the end; or keep the better half at rungs, until one program's."""
+    """all: to the end; halving: the better half at rungs, until they fill a program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +102,19 @@ class ScoreConfig:
     output: str
     """JSON Lines file to write, new: prompt, completions and their scores, in order."""
     split: str = "train"
-    """Split scored; of data without splits, everything."""
+    """Split scored (TRL: train); of data without splits, everything."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our names of columns and the data's, as in training."""
     max_examples: int | None = None
-    """Score this many records, chosen at random."""
+    """Records that are scored, chosen at random. Default: all."""
     max_length: int = 1024
-    """Most tokens of a prompt and one completion, with EOS; longer ones are cut."""
+    """Most tokens of a prompt and one completion, with EOS (as train); longer ones are
+    cut."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A record that cannot be used stops the command, or is left out and listed."""
+    """A record that cannot be used stops the command (as train), or is left out and
+    listed."""
     batch_size: int = 16
-    """Prompts scored at one time, with their completions."""
+    """Prompts scored at one time, with their completions (as eval)."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -126,15 +130,16 @@ class InitConfig:
     tokenizer: str
     """Tokenizer: directory, hub name, tokenizer.json, or GPT-2 vocabulary file."""
     eos_token: str | None = None
-    """End-of-sequence token, if the tokenizer does not name one."""
+    """End-of-sequence token, if the tokenizer names none. Default: its own."""
     chat_template: str | None = None
-    """Jinja file of a chat template, if the tokenizer has none."""
+    """Jinja file of a chat template, if the tokenizer has none. Default: its own."""
     preset: Literal["tiny", "small", "base"] = "small"
-    """Layers x width: tiny 2 x 64, small 4 x 128, base 8 x 512."""
+    """Layers x width: tiny 2 x 64, small 4 x 128, base 8 x 512 (ours: small trains in
+    minutes on a CPU)."""
     max_length: int = 2048
-    """Positions that the model is meant for."""
+    """Positions that the model is meant for (ours: twice what train takes)."""
     seed: int = 0
-    """Decides the weights."""
+    """Number that decides the weights (ours: any will do)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,31 +151,33 @@ class GenerateConfig:
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts_file: str | None = None
-    """Instead: JSON Lines with a prompt each, text or messages; or lines of text."""
+    """Instead: JSON Lines with a prompt each, text or messages; or lines of text.
+    Default: none."""
     output: str | None = None
     """JSON Lines file to write, new: prompt and completions. Default: print them."""
     chat: bool = False
     """Instead: talk with the model, a line at a time, until Ctrl-D."""
     system: str | None = None
-    """With --chat: the message that the conversation begins with."""
+    """With --chat: the message that the conversation begins with. Default: none."""
     num_samples: int = 1
-    """Completions of each prompt."""
+    """Completions of each prompt; 1: one."""
     max_new_tokens: int = 128
-    """Most tokens of a completion."""
+    """Most tokens of a completion (ours: a long paragraph)."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Temperature that divides the logits; 1: as the model says; 0: the most likely."""
     top_k: int | None = None
-    """Draw from this many of the most likely tokens."""
+    """Tokens, the most likely ones, that are drawn from. Default: all."""
     top_p: float | None = None
-    """Draw from the fewest most likely tokens whose probabilities add up to this."""
+    """Probability that the fewest most likely tokens, which are drawn from, add up to.
+    Default: 1."""
     min_p: float | None = None
-    """Draw from tokens that have at least this share of the highest probability."""
+    """Share of the highest probability that a token must have. Default: 0."""
     stop: tuple[str, ...] = ()
     """Strings; a completion ends before the earliest of them, or at EOS."""
     seed: int = 0
-    """Decides the samples."""
+    """Number that decides the samples (ours: any will do)."""
     batch_size: int = 16
-    """Prompts continued at one time, each with all its samples."""
+    """Prompts continued at one time, each with all its samples (as eval)."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -209,7 +216,7 @@ class WatchConfig:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="run")]
     """Run directories, finished or not."""
     port: int = 8000
-    """Port at which 127.0.0.1 serves it."""
+    """Port at which 127.0.0.1 serves it (ours: as Python's http.server)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,23 +229,23 @@ class CompletionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeConfig:
-    """A model with random weights, of a known shape or a changed one."""
+    """A model with random weights, of a known shape or a changed one; None keeps it."""
 
     name: Annotated[
         Literal["4x256", "8x512", "qwen2.5-0.5b", "llama-3.2-1b", "llama-3-8b"] | None,
         tyro.conf.arg(name=""),
     ] = None
-    """Two small Llamas, layers x width, or models of the hub."""
+    """Two small Llamas, layers x width, or models of the hub. Default: see --model."""
     layers: int | None = None
-    """Number of layers, instead of the shape's."""
+    """Layers, instead of the shape's."""
     width: int | None = None
-    """Of hidden states."""
+    """Width of hidden states."""
     heads: int | None = None
-    """Of queries; each is width / heads wide."""
+    """Heads of queries; each is width / heads wide."""
     key_heads: int | None = None
-    """Of keys and values. Default: where heads are given, as many."""
+    """Heads of keys and values. Default: where heads are given, as many."""
     mlp_width: int | None = None
-    """Of the MLP's inside."""
+    """Width of the MLP's inside."""
     vocabulary: int | None = None
     """Rows of the embedding and of the output matrix."""
 
@@ -249,23 +256,28 @@ class BenchConfig(TrainConfig):
 
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     token_file: str | None = None
-    """Instead of data: JSON Lines of prompt_ids, chosen_ids and rejected_ids."""
+    """Instead of data: JSON Lines of prompt_ids, chosen_ids and rejected_ids. Default:
+    none."""
     prompt_tokens: int = 64
-    """Without data: tokens of each prompt; with a spread, their mean."""
+    """Tokens of each prompt, without data (ours: as in the README's table); with a
+    spread, their mean."""
     completion_tokens: int = 64
-    """Without data: tokens of each completion, with EOS; likewise."""
+    """Tokens of each completion, with EOS, without data (ours: likewise); with a
+    spread, their mean."""
     spread: float = 0.0
-    """Without data: sigma of lognormal lengths, at most four times the mean."""
+    """Sigma of lognormal lengths, without data, at most four times the mean; 0: all
+    are equal."""
     steps: int | None = 20
-    """Steps that are measured."""
+    """Steps that are measured (ours: seconds on a CPU)."""
     unmeasured_steps: int = 3
-    """Steps before these."""
+    """Steps before these (ours: those that compile, and one more)."""
     batch_size: int = 8
-    """Examples of an optimiser step, over all devices."""
+    """Examples of an optimiser step, over all devices (ours: as the README's table)."""
     output: str | None = None
-    """JSON file to write, new."""
+    """JSON file to write, new. Default: none."""
     trace: str | None = None
-    """Directory for a profile of the measured steps, for TensorBoard or Perfetto."""
+    """Directory for a profile of the measured steps, for TensorBoard or Perfetto.
+    Default: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,18 +291,22 @@ class PlanConfig(TrainConfig):
     """
 
     topology: str | None = None
-    """Chip and shape of the slice: v5e:4x8, v5p:4x4x4, v6e:16x16, h100:8."""
+    """Chip and shape of the slice: v5e:4x8, v5p:4x4x4, v6e:16x16, h100:8. Default:
+    none; it must be given."""
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     prompt_tokens: int | None = None
-    """Instead of reading data: tokens of each prompt; with a spread, their mean."""
+    """Tokens of each prompt, instead of reading data; with a spread, their mean.
+    Default: those of the data."""
     completion_tokens: int | None = None
-    """Tokens of each completion, with EOS; likewise."""
+    """Tokens of each completion, with EOS; likewise. Default: those of the data."""
     spread: float = 0.0
-    """Sigma of lognormal lengths, at most four times the mean."""
+    """Sigma of lognormal lengths, at most four times the mean; 0: all are equal."""
     num_examples: int | None = None
-    """Size of the data set, where it is not read; without it no hours are told."""
+    """Examples of the data set, where it is not read. Default: none, so that no hours
+    are told."""
     efficiency: tuple[float, ...] = (1.0, 0.6, 0.4)
-    """Shares of the roofline's speed for which times are told."""
+    """Shares of the roofline's speed for which times are told (ours: the bound, and two
+    that are reached)."""
     search: bool = False
     """Try meshes, what is recomputed, and microbatches; recommend the fastest."""
     json: bool = False

@@ -1,5 +1,6 @@
 """The commands init, eval and losses. Each reads its settings."""
 
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -9,6 +10,7 @@ from dpojax.command_config import EvalConfig, InitConfig, LossesConfig
 from dpojax.connecting import connect
 from dpojax.data.packing import with_mismatched
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
+from dpojax.data.tokenizer_files import write_tokenizer
 from dpojax.evaluation import evaluate, make_sampler, sampled_kl
 from dpojax.examples import load_examples
 from dpojax.loading import (
@@ -77,7 +79,7 @@ def init(config: InitConfig) -> Path:
         if value is not None
     }
     settings = as_settings(shape) | tokens
-    write_model(directory, params, settings, tokenizer.save_pretrained)
+    write_model(directory, params, settings, partial(write_tokenizer, tokenizer))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     say(f"{directory}: {count:,} parameters, vocabulary {shape.vocabulary_size:,}")
     return directory

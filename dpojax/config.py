@@ -19,9 +19,10 @@ class OptimizerConfig:
     name: Literal["adamw", "rmsprop", "adafactor"] = "adamw"
     """AdamW (TRL, Zephyr), the DPO paper's RMSprop, or Adafactor, the leanest."""
     moments: Literal["float32", "bfloat16", "int8"] = "float32"
-    """How AdamW keeps its moments; bfloat16: the first, int8: both in eight bits."""
+    """How AdamW keeps its moments (TRL: float32); bfloat16: the first, int8: both in
+    eight bits."""
     learning_rate: float | None = None
-    """Peak rate. Default: that of `dpojax losses`; for adapters ten times it."""
+    """Rate at its peak. Default: that of `dpojax losses`; for adapters ten times it."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """What follows the warm-up: linear (TRL) or cosine to 0, or constant (paper)."""
     warmup_steps: float = 0.1
@@ -31,11 +32,11 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled decay of matrices (TRL: 0)."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's decay of the mean gradient (TRL: 0.9)."""
     beta2: float = 0.999
-    """AdamW's decay of the mean square."""
+    """AdamW's decay of the mean square (TRL: 0.999)."""
     epsilon: float = 1e-8
-    """Added to the root of the mean square."""
+    """Number added to the root of the mean square (TRL: 1e-8)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,13 @@ class MeshConfig:
     data: int = -1
     """Copies of the model, each with its own rows; -1: all devices that are left."""
     fsdp: int = 1
-    """Devices that share one copy's parameters, each with its own rows."""
+    """Devices that share one copy's parameters, each with its own rows; 1: none do."""
     tensor: int = 1
-    """Devices that share each matrix product."""
+    """Devices that share each matrix product; 1: none do."""
     expert: int = 1
-    """Devices that divide a copy's experts among them, each with its own rows."""
+    """Devices that divide a copy's experts, each with its own rows; 1: none do."""
     context: int = 1
-    """Devices that share long rows, each with a part of their positions."""
+    """Devices that share long rows, each a part of their positions; 1: none do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,13 @@ class DistributedConfig:
     """The processes of a run: the same command on every host."""
 
     method: Annotated[str, tyro.conf.arg(name="")] = "none"
-    """none, auto (as JAX finds them), mpi4py, or HOST:PORT of process 0."""
+    """none: one process; auto: as JAX finds them; mpi4py; or HOST:PORT of process 0."""
     num_processes: Annotated[
         int | None, tyro.conf.arg(aliases=("--num-processes",))
     ] = None
-    """With HOST:PORT: how many there are. Default: JAX_NUM_PROCESSES."""
+    """Processes that there are, with HOST:PORT. Default: JAX_NUM_PROCESSES."""
     process: Annotated[int | None, tyro.conf.arg(aliases=("--process",))] = None
-    """With HOST:PORT: which of them this is, from 0. Default: JAX_PROCESS_ID."""
+    """Number of this process, from 0, with HOST:PORT. Default: JAX_PROCESS_ID."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,8 @@ class LossConfig:
     """
 
     name: Annotated[str, tyro.conf.arg(name="")] = "dpo"
-    """Objective, a weighted sum such as 0.8*dpo+0.2*sft, or my_file.py:my_loss."""
+    """Objective (paper: dpo), a weighted sum such as 0.8*dpo+0.2*sft, or
+    my_file.py:my_loss."""
     beta: Annotated[float | None, tyro.conf.arg(aliases=("--beta",))] = None
     """KL constraint's strength, per nat; or reward's scale."""
     label_smoothing: float | None = None
@@ -84,11 +86,11 @@ class LossConfig:
     average: bool | None = None
     """Average log-ratios over tokens (ipo)."""
     alpha: float | None = None
-    """What the paper calls alpha or lambda: a weight, a temperature (many)."""
+    """Weight or temperature, the paper's alpha or lambda."""
     gamma: float | None = None
-    """Margin (simnpo)."""
+    """Margin of rewards (simnpo)."""
     gamma_beta_ratio: float | None = None
-    """Target margin over beta (simpo, cpo_simpo, alphapo)."""
+    """Margin over beta, nats (simpo, cpo_simpo, alphapo)."""
     tau: float | None = None
     """Temperature of the modulation (discopop)."""
     delta: float | None = None
@@ -102,9 +104,9 @@ class LossConfig:
     undesirable_weight: float | None = None
     """Weight of undesirable completions (kto)."""
     center: float | None = None
-    """Draws the rewards' mean to 0 (bradley_terry)."""
+    """Weight of the rewards' squared sum (bradley_terry)."""
     margin_scale: float | None = None
-    """Margin of rewards per difference of scores (bradley_terry)."""
+    """Margin per difference of scores (bradley_terry)."""
     divergence: str | None = None
     """reverse_kl, forward_kl, js_divergence or alpha_divergence (f_dpo and others)."""
     divergence_alpha: float | None = None
@@ -120,17 +122,17 @@ class MovingConfig:
     """A reference that follows the policy."""
 
     kind: Annotated[Literal["none", "tr_dpo", "bema"], tyro.conf.arg(name="")] = "none"
-    """Not at all; Trust Region DPO's mixing; or a bias-corrected moving average."""
+    """none: it rests; tr_dpo: mixing (Trust Region DPO); bema: a corrected average."""
     every: int | None = None
     """Steps between its moves. Default: 512 for tr_dpo, 400 for bema (both TRL's)."""
     alpha: float | None = None
-    """Weight of the policy (tr_dpo). Default: 0.6; 1 replaces the reference."""
+    """Weight of the policy (tr_dpo); 1 replaces the reference. Default: 0.6 (paper)."""
     ema_power: float | None = None
-    """Decay of the average's step size (bema). Default: 0.5."""
+    """Power of time by which the average slows (bema). Default: 0.5 (TRL)."""
     bias_power: float | None = None
-    """Decay of the correction (bema). Default: 0.2."""
+    """Power of time by which the correction fades (bema). Default: 0.2 (TRL)."""
     lag: float | None = None
-    """Virtual age of the average at the start, in steps (bema). Default: 10."""
+    """Steps of virtual age that the average starts with (bema). Default: 10 (TRL)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +142,15 @@ class LoraConfig:
     rank: int | None = None
     """Rank of new adapters (TRL: 16). Default: none; of given adapters, theirs."""
     alpha: float | None = None
-    """Over the rank, the scale of what adapters add. Default: 32 (TRL)."""
+    """Scale, over the rank, of what adapters add. Default: 32 (TRL)."""
     targets: tuple[str, ...] = ()
     """all-linear, names such as q_proj, or a regular expression. Default: the first."""
     layers: int | None = None
     """Only the last so many layers have adapters. Default: all."""
     kind: Literal["lora", "dora"] | None = None
-    """LoRA, or DoRA with magnitudes of outputs. Default: lora."""
+    """LoRA, or DoRA with magnitudes of outputs. Default: lora (TRL)."""
     scaling: Literal["standard", "rslora"] | None = None
-    """Alpha over the rank, or over its square root. Default: standard."""
+    """Alpha over the rank, or over its square root. Default: standard (TRL)."""
     dropout: float = 0.0
     """Share of what enters adapters that is dropped in training (TRL's DPO: none)."""
     base: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
@@ -165,11 +167,12 @@ class TrainConfig:
     """
 
     model: str | None = None
-    """Policy to start from: a directory of a model or of adapters, or a hub name."""
+    """Policy to start from: a directory of a model or of adapters, or a hub name.
+    Default: the embedded task's."""
     data: tuple[str, ...] = ()
     """JSON Lines (.gz too), Parquet or Arrow files, saved directories, or hub names."""
     data_weights: tuple[float, ...] = ()
-    """For each of several: the share of it that is used, above 1 repeating it."""
+    """Shares of several data that are used, one for each, above 1 repeating it."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our names of columns and the data's, as: prompt question chosen answer."""
     output: str | None = None
@@ -187,41 +190,48 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     moving: MovingConfig = field(default_factory=MovingConfig)
     pairs_from: Literal["best_worst", "all", "rso"] = "best_worst"
-    """How a loss of pairs takes ranked or scored completions; rso: by rejection."""
+    """How a loss of pairs takes ranked or scored completions (ours: the surest pair);
+    rso: by rejection."""
     rejection_beta: float = 0.5
-    """Temperature of rso's rejection sampling; 0.5 in its paper."""
+    """Temperature of rso's rejection sampling, in the scores' unit (paper: 0.5)."""
     turns: Literal["all", "assistant"] = "all"
-    """What of a chat's completion is scored: everything, or the assistant's turns."""
+    """What of a chat's completion is scored (TRL: all): everything, or the assistant's
+    turns."""
 
     train_split: str = "train"
-    """Split trained on; cut off the data if it has none of that name."""
+    """Split trained on (TRL: train); cut off the data if it has none of that name."""
     test_split: str = "test"
-    """Split evaluated on, likewise."""
+    """Split evaluated on (TRL: test), likewise."""
     test_size: float = 0.05
-    """What is cut off as the test split: a share below 1, else a number of examples."""
+    """Share below 1, else number, of the examples cut off as the test split (ours:
+    95 % are trained on)."""
     max_examples: int | None = None
-    """Use this many examples of the data, chosen at random."""
+    """Examples of the data that are used, chosen at random. Default: all."""
     max_length: int = 1024
     """Most tokens of a prompt and one completion, with EOS (TRL: 1024)."""
     too_long: Literal["truncate", "drop"] = "truncate"
-    """Longer examples: cut the prompt's beginning, then completions' ends; or drop."""
+    """Longer examples (TRL: truncate): cut the prompt's beginning, then completions'
+    ends; or drop."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A record that cannot be used stops the command, or is left out and listed."""
+    """A record that cannot be used stops the command (ours: what is wrong is seen), or
+    is left out and listed."""
 
     batch_size: int = 64
     """Examples of an optimiser step, over all devices (paper: 64)."""
     microbatches: int = 1
-    """Parts into which a batch's rows are split to save memory; same result."""
+    """Parts into which a batch's rows are split to save memory, with the same result;
+    1: none."""
     row_length: int | None = None
     """Positions of a row, which examples share. Default: what wastes least."""
     epochs: float | None = None
     """Times that each example is seen. Default: 1 (the paper's code), or `steps`."""
     steps: int | None = None
-    """Length of the run in optimiser steps, instead of `epochs`."""
+    """Steps of the optimiser, instead of `epochs`. Default: what `epochs` takes."""
     stop_after: int | None = None
-    """End after this step without changing the schedule, to be resumed later."""
+    """Step after which the run ends, its schedule unchanged, to be resumed later.
+    Default: the last."""
     seed: int = 0
-    """Decides the order of the data and the samples."""
+    """Number that decides the order of the data and the samples (ours: any will do)."""
 
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations. Default: bfloat16, on a CPU float32."""
@@ -239,26 +249,31 @@ class TrainConfig:
     memory_limit: float | None = None
     """GiB of a device that --fit may use. Default: what the device has."""
     chunk_size: int = 512
-    """Positions of each device's rows whose logits exist at one time."""
+    """Positions of each device's rows whose logits exist at one time (ours: with a tile
+    of the vocabulary, 16 MiB)."""
 
     token_metrics: tuple[Literal["entropy", "mean_token_accuracy"], ...] = ()
     """Measured over all tokens of completions too, in the loss's pass (TRL: both)."""
     track: tuple[TrackerName, ...] = ()
     """Where metrics go besides metrics.jsonl; each is an extra: 'dpojax[wandb]'."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics (TRL: 10)."""
     evaluate_every: int = 100
-    """Steps between evaluations; there is one before the first step and at the end."""
+    """Steps between evaluations, beside those before the first step and at the end
+    (ours: ten in 1,000 steps)."""
     save_every: int = 100
-    """Steps between checkpoints; there is one at the end."""
+    """Steps between checkpoints, beside that at the end (ours: at evaluations)."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """At a loss or gradient that is no number: stop, or drop that step's update."""
+    """At a loss or gradient that is no number: stop (ours: the weights are suspect), or
+    drop that step's update."""
     keep_last: int = 2
-    """Checkpoints kept, besides the one of the lowest evaluation loss."""
+    """Checkpoints kept (ours: one may be damaged), beside that of the lowest evaluation
+    loss."""
     sample_prompts: int = 5
-    """Held-out prompts that are continued at each evaluation; 0: none."""
+    """Held-out prompts that are continued at each evaluation (ours: as many as are
+    read); 0: none."""
     sample_tokens: int = 64
-    """Most tokens of such a sample."""
+    """Most tokens of such a sample (ours: a paragraph)."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -14,6 +14,7 @@ from dpojax.checkpoint import Checkpoints, check_whole, describe, find_newest
 from dpojax.command_config import ExportConfig
 from dpojax.connecting import connect
 from dpojax.data.tokenize import Tokenizer, load_tokenizer
+from dpojax.data.tokenizer_files import write_tokenizer
 from dpojax.loading import load_model, load_reward_model, new_directory
 from dpojax.model_card import make_card, make_short_card, with_card
 from dpojax.models.adapter_config import (
@@ -92,7 +93,7 @@ def _write(output: Path, exported: _Exported, config: ExportConfig, step: int) -
     else:
         kinds = {"is_adapter": is_adapter, "is_reward": model.config.head == "score"}
         card = make_card(note, step, **kinds)
-    write_rest = with_card(exported.tokenizer.save_pretrained, card)
+    write_rest = with_card(partial(write_tokenizer, exported.tokenizer), card)
     if not config.merge:
         write_trained(
             output,

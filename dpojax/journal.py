@@ -7,6 +7,7 @@ no model's functions and takes no step.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from dpojax.advice import Adviser
 from dpojax.checkpoint import Checkpoints, Note
 from dpojax.config import TrainConfig
 from dpojax.course import Course
+from dpojax.data.tokenizer_files import write_tokenizer
 from dpojax.evaluation import Evaluation
 from dpojax.held_out_samples import Sampled
 from dpojax.loading import Loaded
@@ -161,7 +163,7 @@ class Journal:
             loaded.model,
             loaded.settings,
             loaded.base,
-            with_card(loaded.tokenizer.save_pretrained, card),
+            with_card(partial(write_tokenizer, loaded.tokenizer), card),
             generation_settings=loaded.generation_settings,
         )
         self._tell(f"The model is in {final}.")

@@ -34,6 +34,7 @@ from dpojax.checkpoint import read_files
 from dpojax.config import TrainConfig
 from dpojax.data.bad_records import Skipped
 from dpojax.data.tokenize import Tokenizer
+from dpojax.data.tokenizer_files import write_tokenizer
 from dpojax.loading import Loaded, new_directory
 from dpojax.models.adapter_config import write_config
 from dpojax.models.huggingface import write_settings
@@ -129,7 +130,7 @@ class RunDirectory:
             write_settings(frame, settings, "float32", loaded.generation_settings)
             if model.lora is not None:
                 write_config(frame, model.lora, model.params, settings, loaded.base)
-            loaded.tokenizer.save_pretrained(frame)
+            write_tokenizer(loaded.tokenizer, frame)
         if self._elsewhere is not None:
             write_bytes(directory / _ELSEWHERE, f"{self._elsewhere}\n".encode())
 

@@ -1,5 +1,6 @@
 """What bash and zsh complete by the scripts that the command prints, in real shells."""
 
+import io
 import os
 import pty
 import select
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,14 @@ import pytest
 from dpojax.cli import main
 
 
-def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
-    main(["completion", shell])
-    return capsys.readouterr().out
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, str]:
+    found = {}
+    for shell in ("bash", "zsh"):
+        with redirect_stdout(io.StringIO()) as printed:
+            main(["completion", shell])
+        found[shell] = printed.getvalue()
+    return found
 
 
 def completed_by_bash(script: str, line: str, directory: Path) -> set[str]:
@@ -49,6 +56,11 @@ LINES = {
     "dpojax train --track tensorboard wa": {"wandb"},
     "dpojax train --from": {"--from-trl"},
     "dpojax plan --topo": {"--topology"},
+    "dpojax train --loss sim": {"simpo", "simnpo"},
+    "dpojax eval --loss it": {"iterative_rpo"},
+    "dpojax train --loss '0.8*tdpo'": {"0.8*tdpo1", "0.8*tdpo2"},
+    "dpojax train --loss 0.8*dpo+0.2*bco_": {"0.8*dpo+0.2*bco_pair"},
+    "dpojax train --loss pa": {"pairs.jsonl"},
     "dpojax train --model pa": {"pairs.jsonl"},
     "dpojax train --data pairs.jsonl pa": {"pairs.jsonl"},
     "dpojax export pa": {"pairs.jsonl"},
@@ -57,14 +69,14 @@ LINES = {
 
 @pytest.mark.parametrize(("line", "expected"), LINES.items(), ids=list(LINES))
 def test_bash_completes(
-    line: str, expected: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str, expected: set[str], tmp_path: Path, scripts: dict[str, str]
 ):
     (tmp_path / "pairs.jsonl").touch()
-    assert completed_by_bash(script("bash", capsys), line, tmp_path) == expected
+    assert completed_by_bash(scripts["bash"], line, tmp_path) == expected
 
 
-def test_bash_offers_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    offered = completed_by_bash(script("bash", capsys), "dpojax ", tmp_path)
+def test_bash_offers_every_command(tmp_path: Path, scripts: dict[str, str]):
+    offered = completed_by_bash(scripts["bash"], "dpojax ", tmp_path)
     assert {"train", "eval", "plan", "report", "completion"} <= offered
 
 
@@ -80,13 +92,14 @@ ZSH = shutil.which("zsh")
         ("dpojax train --attention fl\t", "flash"),
         ("dpojax train --print-c\t", "--print-config"),
         ("dpojax export pa\t", "pairs.jsonl"),
+        ("dpojax train --loss simn\t", "simnpo"),
+        ("dpojax train --loss 0.8*dpo+0.2*bco_\t", "bco_pair"),
+        ("dpojax train --loss pa\t", "pairs.jsonl"),
     ],
 )
-def test_zsh_completes(
-    typed: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_zsh_completes(typed: str, shown: str, tmp_path: Path, scripts: dict[str, str]):
     (tmp_path / "pairs.jsonl").touch()
-    (tmp_path / "_dpojax").write_text(script("zsh", capsys))
+    (tmp_path / "_dpojax").write_text(scripts["zsh"])
     begin = (
         f"cd {shlex.quote(str(tmp_path))}; fpath=($PWD $fpath); unsetopt beep; "
         "autoload -Uz compinit && compinit -u -D && print ready"

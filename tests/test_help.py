@@ -1,6 +1,13 @@
-"""What --help shows: every flag described, every group within a screen of 80 x 50."""
+"""What --help shows: every flag described, every group within a screen of 80 x 50.
+
+Numbers say what they measure in their first three words. A default says whose it is,
+in brackets that begin with a source, or what it does: `1: none do`. Of what has none
+by itself, `Default:` or the group's heading says what comes instead.
+"""
 
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 
@@ -11,6 +18,18 @@ COMMANDS = [
     "generate", "export", "report", "watch", "completion",
 ]  # fmt: skip
 WIDTH, HEIGHT = 80, 50
+
+MEASURES = {
+    # units
+    "gib", "tokens", "positions", "examples", "records", "prompts", "completions",
+    "steps", "step", "times", "checkpoints", "parts", "runs", "seeds", "devices",
+    "copies", "processes", "layers", "heads", "rows", "width",
+    # pure numbers
+    "number", "share", "shares", "probability", "weight", "strength", "scale", "rate",
+    "decay", "power", "order", "rank", "norm", "margin", "temperature", "sigma", "port",
+}  # fmt: skip
+# Of ours the reason follows.
+SOURCE = r"\((TRL|Zephyr|paper|paper's code|as train|as eval|ours: [^()]+)\b[^()]*\)"
 
 
 def help_of(
@@ -45,6 +64,37 @@ def flags_of(group: list[str]) -> dict[str, str]:
     return found
 
 
+class Described(NamedTuple):
+    """What a help says of a flag, and what its group's heading does."""
+
+    flag: str
+    text: str
+    default: str
+    heading: str
+
+
+def described(
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Described]:
+    for group in groups_of(help_of(command, monkeypatch, capfd)):
+        before, rule, _ = "\n".join(group).partition("│ ──")
+        for flag, text in flags_of(group).items():
+            found = re.fullmatch(r"(.*) \(default: ?([^()]*)\) *", text)
+            if found:
+                yield Described(
+                    flag, found[1], found[2].strip(), before if rule else ""
+                )
+
+
+def is_explained(text: str, default: str) -> bool:
+    """Whether the default stands before what it means, as in `0: none`."""
+    named = re.findall(r"([\w.-]*\w): ", text)
+    if re.fullmatch(r"[\d.e-]+", default):
+        numbers = [float(word) for word in named if re.fullmatch(r"-?[\d.]+", word)]
+        return float(default) in numbers
+    return default in map(str.lower, named)
+
+
 def test_the_commands_are_those_that_there_are(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
@@ -75,3 +125,38 @@ def test_every_flag_of_a_help_is_described(
     bare = re.compile(r"\((default|required)[^()]*\)|\(optional\)")
     empty = [name for name, text in described.items() if not bare.sub("", text).strip()]
     assert empty == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_of_a_help_says_what_it_measures(
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    numbers = {
+        each.flag: re.findall(r"[\w'-]+", each.text)[:3]
+        for each in described(command, monkeypatch, capfd)
+        if re.search("INT|FLOAT", each.flag)
+    }
+    silent = {
+        flag: words
+        for flag, words in numbers.items()
+        if not MEASURES & {word.casefold() for word in words}
+    }
+    assert silent == {}
+    assert len(numbers) > 50 or command not in ("train", "plan", "bench", "sweep")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_default_of_a_help_has_a_source(
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    silent = {}
+    for each in described(command, monkeypatch, capfd):
+        if each.default == "None":
+            is_said = "Default: " in each.text or "None keeps" in each.heading
+        else:
+            is_nothing = each.default in ("", "False")  # none are given, or it is off
+            has_source = re.search(SOURCE, each.text) is not None
+            is_said = is_nothing or has_source or is_explained(each.text, each.default)
+        if not is_said:
+            silent[each.flag] = each.text
+    assert silent == {}

@@ -30,6 +30,7 @@ from dpojax.data.tokenize import (
     load_tokenizer,
     tokenize_records,
 )
+from dpojax.data.tokenizer_files import write_tokenizer
 
 BOS, EOS = 0, 1
 TURNS = (
@@ -539,6 +540,20 @@ def test_a_saved_tokenizer_is_loaded_from_its_directory(tmp_path: Path):
     make_tokenizer().save_pretrained(tmp_path)
     record = as_record("abc", "x", "y")
     assert one(load_tokenizer(tmp_path), record) == one(BYTES, record)
+
+
+def test_a_sentencepiece_model_is_handed_on_without_its_place(tmp_path: Path):
+    """As a directory of Gemma's has it; twice, since a run's frame is read again."""
+    make_tokenizer().save_pretrained(tmp_path / "hub")
+    (tmp_path / "hub/tokenizer.model").write_bytes(b"pieces")
+    config = tmp_path / "hub/tokenizer_config.json"
+    named = {"vocab_file": str(tmp_path / "hub/tokenizer.model")}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    write_tokenizer(load_tokenizer(tmp_path / "hub"), tmp_path / "frame")
+    write_tokenizer(load_tokenizer(tmp_path / "frame"), tmp_path / "final")
+    assert (tmp_path / "final/tokenizer.model").read_bytes() == b"pieces"
+    for path in (tmp_path / "final").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
 def test_a_bare_file_is_loaded_with_the_eos_token_given(tmp_path: Path):

@@ -1,15 +1,19 @@
-"""Whether a tokenizer's files are whole, before a library reads them.
+"""A tokenizer's files: whether they are whole before a library reads them, and writing.
 
 The libraries answer a damaged one with errors that name neither the file nor what is
 wrong. What the contents mean is not known here.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from dpojax.data.bad_records import shown
 
+_SENTENCEPIECE = "tokenizer.model"
 _MODELS = (None, "BPE", "Unigram", "WordLevel", "WordPiece")  # None: seen by its form
 
 
@@ -31,6 +35,23 @@ def check_files(directory: Path) -> None:
         _check_names(config, _read_object(config))
     if tokenizer.is_file():
         _check_tokenizer(tokenizer, _read_object(tokenizer))
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Writes a tokenizer with the SentencePiece model of the directory it came from.
+
+    transformers, which needs `tokenizer.json` alone, leaves this out; llama.cpp's
+    converter asks for it in Gemma's directories. Where it lay is not written down.
+    """
+    tokenizer.save_pretrained(directory)
+    config = directory / "tokenizer_config.json"
+    settings = json.loads(config.read_text("utf-8"))
+    if settings.pop("vocab_file", None) is not None:
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        config.write_text(f"{text}\n", "utf-8")
+    source = Path(tokenizer.name_or_path, _SENTENCEPIECE)
+    if tokenizer.name_or_path and source.is_file():
+        shutil.copyfile(source, directory / _SENTENCEPIECE)
 
 
 def check_templates(templates: object, source: str | Path) -> None:
