@@ -39,8 +39,7 @@ class Oracle:
           weights: of each one's tf-idf.
           bias: the log-odds of a text without any.
         """
-        together = "\n".join(terms)  # none has a space but one between two words
-        self._parts = {"terms": together, "idf": idf, "weights": weights, "bias": bias}
+        self._terms, self._idf = terms, idf
         self._vectors = _vectorizer(vocabulary=list(terms))
         self._vectors.idf_ = idf
         self._weights, self._bias = weights, bias
@@ -57,7 +56,13 @@ class Oracle:
     def save(self, path: Path) -> None:
         """Writes it for `load_oracle`."""
         file = io.BytesIO()
-        np.savez(file, **{name: np.asarray(x) for name, x in self._parts.items()})
+        np.savez(
+            file,
+            terms=np.asarray("\n".join(self._terms)),  # which hold no line's end
+            idf=self._idf,
+            weights=self._weights,
+            bias=np.asarray(self._bias),
+        )
         write_bytes(path, file.getvalue())
 
 
