@@ -146,7 +146,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ()
     """all-linear, names such as q_proj, or a regular expression. Default: the first."""
     layers: int | None = None
-    """Only the last so many layers have adapters. Default: all."""
+    """Layers that have adapters: so many, the last ones. Default: all (TRL)."""
     kind: Literal["lora", "dora"] | None = None
     """LoRA, or DoRA with magnitudes of outputs. Default: lora (TRL)."""
     scaling: Literal["standard", "rslora"] | None = None

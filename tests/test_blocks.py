@@ -29,8 +29,9 @@ NOT_RUN = {
     ".venv/bin/dpojax": "likewise",
     "srun": "needs a cluster, and the lines around it are its arguments",
     "output=": "of the same script",
+    "place=": "of the same script",
     "arguments=": "of the same script",
-    "if [": "of the same script",
+    "if ": "of the same script",
     "#": "a comment",
 }
 # What makes a command small.
