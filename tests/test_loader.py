@@ -125,7 +125,8 @@ def test_batches_of_several_seeds_are_those_of_each_in_one_shape(
 ):
     """Rows are long and short by turns, and not at the same steps."""
     longer = [*examples, as_example([1, 5], [150, *[7] * 30, 2], [250, 2])]
-    settings = {"batch_size": 2, "num_seen": 60, "start": 2, "stop": 30, "seed": 3}
+    settings: dict[str, Any] = {"batch_size": 2, "num_seen": 60, "start": 2, "stop": 30}
+    settings["seed"] = 3
     steps = list(batches_of_seeds(longer, seeds=(3, 4), **settings))
     shapes = {one.tokens.shape for one in batches(longer, **settings)}
     for number, seed in enumerate((3, 4)):
