@@ -125,12 +125,11 @@ def test_batches_of_several_seeds_are_those_of_each_in_one_shape(
 ):
     """Rows are long and short by turns, and not at the same steps."""
     longer = [*examples, as_example([1, 5], [150, *[7] * 30, 2], [250, 2])]
-    settings: dict[str, Any] = {"batch_size": 2, "num_seen": 60, "start": 2, "stop": 30}
-    settings["seed"] = 3
-    steps = list(batches_of_seeds(longer, seeds=(3, 4), **settings))
-    shapes = {one.tokens.shape for one in batches(longer, **settings)}
+    settings: Any = {"batch_size": 2, "num_seen": 60, "start": 2, "stop": 30}
+    steps = list(batches_of_seeds(longer, seeds=(3, 4), seed=3, **settings))
+    shapes = {one.tokens.shape for one in batches(longer, seed=3, **settings)}
     for number, seed in enumerate((3, 4)):
-        alone = counted_batches(longer, **settings | {"seed": seed})
+        alone = counted_batches(longer, seed=seed, **settings)
         for some, (num_tokens, batch) in zip(steps, alone, strict=True):
             assert some[number][0] == num_tokens
             assert numbers(some[number][1]) == numbers(batch)
