@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bucket import NAME, Bucket, bucket
-from many_processes import free_port, log_of, start, wait
+from many_processes import log_of, start, wait
 from test_run import metrics_of
 
 from dpojax.checkpoint import (
@@ -29,6 +29,7 @@ from dpojax.config import TrainConfig
 from dpojax.exporting import export
 from dpojax.object_store import Store, as_place
 from dpojax.run import run
+from dpojax.run_directory import open_directory
 
 COMMAND = """
 import os, sys
@@ -198,7 +199,7 @@ def test_without_its_directory_a_run_goes_on_from_its_bucket(
 
 
 @pytest.mark.slow
-def test_a_bucket_that_fails_every_second_request_changes_nothing(
+def test_a_bucket_that_refuses_every_request_at_first_changes_nothing(
     server: Bucket,
     whole: Path,
     config: TrainConfig,
@@ -222,7 +223,7 @@ def test_a_bucket_that_fails_every_second_request_changes_nothing(
 
 
 @pytest.mark.slow
-def test_two_processes_without_a_common_directory_are_killed_and_go_on(
+def test_a_run_that_is_killed_and_loses_its_disk_goes_on_from_its_bucket(
     server: Bucket, config: TrainConfig, tmp_path: Path
 ):
     experiment = tmp_path / "experiment.py"
@@ -234,27 +235,30 @@ def test_two_processes_without_a_common_directory_are_killed_and_go_on(
     )
 
     def begin(name: str, *more: str) -> list[subprocess.Popen[bytes]]:
-        flags = ["train", str(experiment), "--checkpoints", f"{NAME}/two/{name}", *more]
-        flags += ["--distributed", f"localhost:{free_port()}", "--num-processes", "2"]
-        machines = [str(tmp_path / f"{name}{number}") for number in (0, 1)]
-        commands = [
-            ("-c", COMMAND, machine, *flags, "--process", str(number))
-            for number, machine in enumerate(machines)
-        ]
-        return start(tmp_path, commands)
+        flags = ["train", str(experiment), "--checkpoints", f"{NAME}/one/{name}", *more]
+        return start(tmp_path, [("-c", COMMAND, str(tmp_path / name), *flags)])
 
-    def said() -> list[str]:
-        return [log_of(tmp_path, number).read_text("utf-8") for number in (0, 1)]
+    def said() -> str:
+        return log_of(tmp_path, 0).read_text("utf-8")
 
-    assert wait(begin("whole")) == [0, 0], said()
-    processes = begin("killed")
-    while max(steps_in(f"{NAME}/two/killed"), default=0) < 4:
-        assert all(process.poll() is None for process in processes), said()
+    assert wait(begin("whole")) == [0], said()
+    killed = begin("killed")
+    while max(steps_in(f"{NAME}/one/killed"), default=0) < 4:
+        assert killed[0].poll() is None, said()
         time.sleep(0.05)
-    for process in processes:
-        process.kill()
-    wait(processes)
-    shutil.rmtree(tmp_path / "killed0")
-    assert not (tmp_path / "killed1" / "run").exists()
-    assert wait(begin("killed", "--resume")) == [0, 0], said()
-    assert_same(tmp_path / "whole0" / "run", tmp_path / "killed0" / "run")
+    killed[0].kill()
+    wait(killed)
+    shutil.rmtree(tmp_path / "killed")
+    assert wait(begin("killed", "--resume")) == [0], said()
+    assert_same(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
+
+
+def test_several_processes_are_refused_a_bucket(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with (
+        pytest.raises(ValueError, match="of a run of several processes; give"),
+        open_directory(replace(config, checkpoints=f"{NAME}/runs/several")),
+    ):
+        pass
