@@ -19,9 +19,8 @@ _OWN_NAMES = ("127.0.0.1", "localhost")
 
 def watch(config: WatchConfig) -> None:
     """Serves the page until Ctrl-C."""
-    page(
-        [runs_at(path) for path in config.runs]
-    )  # refuses what is no run before anything is served
+    # Refuses what is no run before anything is served.
+    page([runs_at(path) for path in config.runs])
     with make_server(config.runs, config.port) as server:
         say(f"http://127.0.0.1:{server.server_port} shows the page; Ctrl-C ends it.")
         try:

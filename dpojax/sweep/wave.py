@@ -21,7 +21,7 @@ from dpojax.not_finite import Case, explain
 from dpojax.processes import gathered
 from dpojax.progress import say
 from dpojax.resume import abstract
-from dpojax.run_directory import open_directory, write_skipped
+from dpojax.run_directory import has_begun, open_directory, write_skipped
 from dpojax.sharding import put_ahead
 from dpojax.step_log import NotFinite
 from dpojax.sweep.board import Board
@@ -31,7 +31,6 @@ from dpojax.sweep.program import Program
 from dpojax.sweep.stacked import Place
 from dpojax.sweep.standing import (
     go_back_to,
-    has_begun,
     has_diverged,
     is_finished,
     mark_diverged,
