@@ -38,7 +38,7 @@ from dpojax.data.tokenizer_files import write_tokenizer
 from dpojax.loading import Loaded, new_directory
 from dpojax.models.adapter_config import write_config
 from dpojax.models.huggingface import write_settings
-from dpojax.object_store import Store, as_place, in_bucket
+from dpojax.object_store import Store, as_place
 from dpojax.processes import decided_by_first, only_first, wait_for_all
 from dpojax.provenance import shared_settings
 from dpojax.whole_files import (
@@ -80,13 +80,17 @@ class RunDirectory:
         """
         self._make(config, loaded, step)
         wait_for_all(f"began {self.path}")
-        for place in filter(None, (self.path, self._elsewhere)):
-            if not Store(place).has("config.py"):
-                raise ValueError(
-                    f"What process 0 writes to {place} is not seen by process "
-                    f"{jax.process_index()}; give an --output and --checkpoints on a "
-                    "file system that all share."
-                )
+        place = self._elsewhere or self.path
+        if not Store(place).has("config.py"):
+            remedy = (
+                "--output on a file system that all share, or --checkpoints in a bucket"
+                if self._elsewhere is None
+                else "--checkpoints in a place that all reach"
+            )
+            raise ValueError(
+                f"What process 0 writes to {place} is not seen by process "
+                f"{jax.process_index()}; give {remedy}."
+            )
 
     @only_first
     def _make(self, config: TrainConfig, loaded: Loaded, step: int) -> None:
@@ -187,16 +191,9 @@ def open_directory(config: TrainConfig) -> Iterator[RunDirectory]:
 
     Raises:
       ValueError: if a new run would write where something is, or there is none to
-        resume, or another run writes there; for a bucket and several processes.
+        resume, or another run writes there.
     """
     elsewhere = None if config.checkpoints is None else as_place(config.checkpoints)
-    if elsewhere and in_bucket(elsewhere) and jax.process_count() > 1:
-        # TensorStore's write by the second of two processes was seen to wait for ever.
-        raise ValueError(
-            f"{elsewhere} cannot hold the checkpoints of a run of several processes; "
-            "give --checkpoints on a file system that all share, a mounted bucket for "
-            "instance."
-        )
     locks: list[FileLock] = []  # of process 0: the one that it holds
 
     def choose() -> str:

@@ -1,12 +1,13 @@
 """A bucket on this machine, which may refuse every request at first, for tests."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import ThreadingHTTPServer
 from io import BytesIO
+from re import fullmatch, search, sub
 from threading import Lock, Thread
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from fsspec.config import conf
@@ -20,6 +21,8 @@ NAME = "gs://bucket"
 
 class Bucket(ThreadingHTTPServer):
     """Takes requests of all clients."""
+
+    request_queue_size = 1024  # clients open many connections at once
 
     def __init__(self):
         """On a free port; empty, and in memory."""
@@ -36,56 +39,69 @@ class Bucket(ThreadingHTTPServer):
 
 
 class _Handler(RequestHandler):
-    """Refuses some requests, and what was to be new but is there."""
+    """Refuses some requests, and keeps to the generations of objects.
+
+    TensorStore's database takes turns by them: without, it waits for ever or fails.
+    """
 
     server: Bucket
+    _generation = "0"
 
     def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.rfile = BytesIO(body)
         with self.server.lock:  # what holds the objects is not made for threads
-            Router(self).handle(self.command)
-
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _answer
-
-    def parse_request(self) -> bool:
-        """Whether to go on with a request whose first lines are read."""
-        if not super().parse_request():
-            return False
-        status = self._refusal()
-        if status is None:
-            return True
-        size = int(self.headers.get("Content-Length", 0))
-        self.rfile.read(size)
+            self._generation = self._find_generation(body)
+            status = self._refusal()
+            if status is None:
+                Router(self).handle(self.command)
+                return
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()
-        return False
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _answer
+
+    def end_headers(self) -> None:
+        """Before the blank line, the generation of an object that is read."""
+        if self.command == "GET" and self._generation != "0":
+            self.send_header("x-goog-generation", self._generation)
+        super().end_headers()
 
     def _refusal(self) -> int | None:
         if self.server.is_forbidden:
             return 403
         if self.server.is_flaky and self._is_first():
             return 503
-        if "ifGenerationMatch=0" in self.path and self._is_there():
+        wanted = parse_qs(urlsplit(self.path).query)
+        if wanted.get("ifGenerationMatch", [self._generation]) != [self._generation]:
             return 412
+        if wanted.get("ifGenerationNotMatch") == [self._generation]:
+            return 304
         return None
 
     def _is_first(self) -> bool:
         """Of two equal requests: clients beside each other do not upset the order."""
-        request = self.command, self.path
-        with self.server.lock:
-            self.server.refused ^= {request}
-            return request in self.server.refused
+        url = sub(r"tensorstore=\w+", "", self.path)  # its own number for each try
+        request = self.command, url
+        self.server.refused ^= {request}
+        return request in self.server.refused
 
-    def _is_there(self) -> bool:
-        """Whether there is the object that a body begins to describe."""
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.rfile = BytesIO(body)
-        found = re.search(rb'"name": "([^"]+)"', body[:1000])
+    def _find_generation(self, body: bytes) -> str:
+        """Of the object that a request is about; 0 where there is none."""
+        url = urlsplit(self.path)
+        in_path = fullmatch(r".*/b/bucket/o/([^/]+)", url.path)
+        in_body = search(rb'"name": "([^"]+)"', body[:1000])
+        name = (
+            unquote(in_path[1])
+            if in_path
+            else parse_qs(url.query).get("name", [""])[0]
+            or (in_body[1].decode() if in_body else "")
+        )
         try:
-            self.storage.get_file_obj("bucket", found[1].decode() if found else "")
+            return self.storage.get_file_obj("bucket", name)["generation"]
         except NotFound:
-            return False
-        return True
+            return "0"
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""

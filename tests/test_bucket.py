@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bucket import NAME, Bucket, bucket
-from many_processes import log_of, start, wait
+from many_processes import free_port, log_of, start, wait
 from test_run import metrics_of
 
 from dpojax.checkpoint import (
@@ -29,7 +29,6 @@ from dpojax.config import TrainConfig
 from dpojax.exporting import export
 from dpojax.object_store import Store, as_place
 from dpojax.run import run
-from dpojax.run_directory import open_directory
 
 COMMAND = """
 import os, sys
@@ -39,9 +38,6 @@ os.makedirs(sys.argv[1], exist_ok=True)
 os.chdir(sys.argv[1])
 main(sys.argv[2:])
 """
-# Not among what every change must pass: a write was seen to wait for ever.
-pytestmark = pytest.mark.faults
-
 KEPT = ("config.py", "samples.jsonl", "held_out.jsonl", "warnings.jsonl")
 
 
@@ -224,9 +220,12 @@ def test_a_bucket_that_refuses_every_request_at_first_changes_nothing(
     assert find_newest(f"{NAME}/runs/flaky") == Newest(4, {})
 
 
-def test_a_run_that_is_killed_and_loses_its_disk_goes_on_from_its_bucket(
-    server: Bucket, config: TrainConfig, tmp_path: Path
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_run_that_is_killed_and_loses_its_disks_goes_on_from_its_bucket(
+    server: Bucket, config: TrainConfig, tmp_path: Path, num_processes: int
 ):
+    place = f"{NAME}/killed/{num_processes}"
     experiment = tmp_path / "experiment.py"
     names = "DistributedConfig, LoraConfig, LossConfig, MeshConfig, MovingConfig"
     settings = replace(config, output="run", steps=12, save_every=1)
@@ -236,30 +235,34 @@ def test_a_run_that_is_killed_and_loses_its_disk_goes_on_from_its_bucket(
     )
 
     def begin(name: str, *more: str) -> list[subprocess.Popen[bytes]]:
-        flags = ["train", str(experiment), "--checkpoints", f"{NAME}/one/{name}", *more]
-        return start(tmp_path, [("-c", COMMAND, str(tmp_path / name), *flags)])
+        """One that has a directory of its own for each process."""
+        flags = ["train", str(experiment), "--checkpoints", f"{place}/{name}", *more]
+        commands = [
+            ("-c", COMMAND, str(tmp_path / f"{name}{number}"), *flags)
+            for number in range(num_processes)
+        ]
+        if num_processes > 1:
+            address = f"localhost:{free_port()}"
+            together = "--distributed", address, "--num-processes", str(num_processes)
+            commands = [
+                (*command, *together, "--process", str(number))
+                for number, command in enumerate(commands)
+            ]
+        return start(tmp_path, commands)
 
-    def said() -> str:
-        return log_of(tmp_path, 0).read_text("utf-8")
+    def said() -> list[str]:
+        return [log_of(tmp_path, i).read_text("utf-8") for i in range(num_processes)]
 
-    assert wait(begin("whole")) == [0], said()
-    killed = begin("killed")
-    while max(steps_in(f"{NAME}/one/killed"), default=0) < 4:
-        assert killed[0].poll() is None, said()
+    done = [0] * num_processes
+    assert wait(begin("whole")) == done, said()
+    processes = begin("killed")
+    while max(steps_in(f"{place}/killed"), default=0) < 4:
+        assert all(process.poll() is None for process in processes), said()
         time.sleep(0.05)
-    killed[0].kill()
-    wait(killed)
-    shutil.rmtree(tmp_path / "killed")
-    assert wait(begin("killed", "--resume")) == [0], said()
-    assert_same(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
-
-
-def test_several_processes_are_refused_a_bucket(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with (
-        pytest.raises(ValueError, match="of a run of several processes; give"),
-        open_directory(replace(config, checkpoints=f"{NAME}/runs/several")),
-    ):
-        pass
+    for process in processes:
+        process.kill()
+    wait(processes)
+    shutil.rmtree(tmp_path / "killed0")
+    assert not (tmp_path / "killed1" / "run").exists()
+    assert wait(begin("killed", "--resume")) == done, said()
+    assert_same(tmp_path / "whole0" / "run", tmp_path / "killed0" / "run")
