@@ -7,6 +7,7 @@ concern.
 """
 
 import base64
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ def client_errors(place: str) -> tuple[type[Exception], ...]:
     if not in_bucket(place):
         return ()
     return (
+        import_module("aiohttp").ClientError,
         import_module("gcsfs.retry").HttpError,
         import_module("google.api_core.exceptions").GoogleAPIError,
         import_module("google.auth.exceptions").GoogleAuthError,
@@ -195,6 +197,8 @@ def _connect(bucket: bool) -> Any:
         return fsspec.filesystem("file")
     # It would take TensorFlow where that happens to be installed.
     os.environ["EPATH_USE_TF"] = "false"
+    # It logs what it raises, with its traceback.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # Others write here too: other processes, and TensorStore in this one.
     conf.setdefault("gcs", {})["use_listings_cache"] = False
     return fsspec.filesystem("gcs")

@@ -32,6 +32,7 @@ class Bucket(ThreadingHTTPServer):
         self.lock = Lock()
         self.is_flaky = False
         self.is_forbidden = False
+        self.last = "nothing"  # from when there is an object that ends so on, all is forbidden
         self.refused: set[tuple[str, str]] = set()
 
     def handle_error(self, *_: object) -> None:
@@ -51,10 +52,13 @@ class _Handler(RequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.rfile = BytesIO(body)
         with self.server.lock:  # what holds the objects is not made for threads
-            self._generation = self._find_generation(body)
+            name = self._find_name(body)
+            self._generation = self._find_generation(name)
             status = self._refusal()
             if status is None:
                 Router(self).handle(self.command)
+                if name.endswith(self.server.last):
+                    self.server.is_forbidden = self._find_generation(name) != "0"
                 return
         self.send_response(status)
         self.send_header("Content-Length", "0")
@@ -87,17 +91,20 @@ class _Handler(RequestHandler):
         self.server.refused ^= {request}
         return request in self.server.refused
 
-    def _find_generation(self, body: bytes) -> str:
-        """Of the object that a request is about; 0 where there is none."""
+    def _find_name(self, body: bytes) -> str:
+        """Of the object that a request is about; empty where it is about none."""
         url = urlsplit(self.path)
         in_path = fullmatch(r".*/b/bucket/o/([^/]+)", url.path)
+        in_query = parse_qs(url.query).get("name")
         in_body = search(rb'"name": "([^"]+)"', body[:1000])
-        name = (
-            unquote(in_path[1])
-            if in_path
-            else parse_qs(url.query).get("name", [""])[0]
-            or (in_body[1].decode() if in_body else "")
-        )
+        if in_path:
+            return unquote(in_path[1])
+        if in_query:
+            return in_query[0]
+        return in_body[1].decode() if in_body else ""
+
+    def _find_generation(self, name: str) -> str:
+        """Zero where there is no such object."""
         try:
             return self.storage.get_file_obj("bucket", name)["generation"]
         except NotFound:

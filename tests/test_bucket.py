@@ -47,6 +47,10 @@ def server() -> Iterator[Bucket]:
         yield served
 
 
+async def at_once(seconds: float) -> None:
+    """Waits of gcsfs: some hundred requests would each take a second or two."""
+
+
 def save(place: str, *steps: int) -> None:
     checkpoints = Checkpoints(place)
     for step in steps:
@@ -129,6 +133,19 @@ def test_a_bucket_that_refuses_is_named_in_a_sentence(saved: str, server: Bucket
         server.is_forbidden = False
 
 
+def test_a_bucket_that_is_not_reached_is_named_in_a_sentence(
+    server: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from gcsfs import retry
+
+    monkeypatch.setattr(retry, "asyncio", SimpleNamespace(sleep=at_once))
+    store = Store(f"{NAME}/runs/a")
+    monkeypatch.setattr(type(store._files), "_location", "http://localhost:9")
+    with pytest.raises(OSError, match="gs://bucket/runs/a could not be reached: Cannot"):
+        store.names()
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -206,9 +223,6 @@ def test_a_bucket_that_refuses_every_request_at_first_changes_nothing(
 ):
     from gcsfs import retry
 
-    async def at_once(seconds: float) -> None:
-        """Else each of some hundred requests would take a second or two."""
-
     monkeypatch.setattr(retry, "asyncio", SimpleNamespace(sleep=at_once))
     output = str(tmp_path / "run")
     server.is_flaky = True
@@ -218,6 +232,22 @@ def test_a_bucket_that_refuses_every_request_at_first_changes_nothing(
         server.is_flaky = False
     assert_same(whole, tmp_path / "run")
     assert find_newest(f"{NAME}/runs/flaky") == Newest(4, {})
+
+
+def test_a_bucket_that_fails_for_good_stops_a_run_which_goes_on_when_it_is_mended(
+    server: Bucket, whole: Path, config: TrainConfig, tmp_path: Path
+):
+    place, output = f"{NAME}/runs/failing", tmp_path / "run"
+    settings = replace(config, output=str(output), checkpoints=place)
+    server.last = "failing/2/commit_success.txt"
+    try:
+        with pytest.raises(OSError, match=f"to {place} .Forbidden: .*; those before it"):
+            run(settings)
+    finally:
+        server.last, server.is_forbidden = "nothing", False
+    assert find_newest(place) == Newest(2, {})
+    run(replace(settings, resume=True))
+    assert_same(whole, output)
 
 
 @pytest.mark.slow
