@@ -214,6 +214,7 @@ def test_without_its_directory_a_run_goes_on_from_its_bucket(
         run(replace(again, resume=True, checkpoints=f"{NAME}/runs/none"))
 
 
+@pytest.mark.slow
 def test_a_bucket_that_refuses_every_request_at_first_changes_nothing(
     server: Bucket,
     whole: Path,
@@ -250,7 +251,7 @@ def test_a_bucket_that_fails_for_good_stops_a_run_which_goes_on_when_it_is_mende
     assert_same(whole, output)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_run_that_is_killed_and_loses_its_disks_goes_on_from_its_bucket(
     server: Bucket, config: TrainConfig, tmp_path: Path, num_processes: int

@@ -83,7 +83,7 @@ SMALL = Size(
     pairs_per_step=32,
     steps=120,
     points=3,
-    learning_rates=(5e-4, 1e-4),
+    learning_rates=(5e-4, 1e-4, 2e-4),
 )
 LARGE = Size(
     vocabulary=16_384,
