@@ -116,10 +116,10 @@ def fill_shape(lengths: Lengths, shape: Shape) -> tuple[Rows, int]:
         num_rows, row_length = shape.small
         rows = _fit(lengths, row_length, shape.num_slots)
         if rows is not None and len(rows) <= num_rows:
-            return rows + [[] for _ in range(num_rows - len(rows))], row_length
+            return _with_empty(rows, num_rows), row_length
     rows = pack_rows(lengths, shape.row_length, shape.num_slots)
     num_rows = next(number for number in shape.num_rows if number >= len(rows))
-    return rows + [[] for _ in range(num_rows - len(rows))], shape.row_length
+    return _with_empty(rows, num_rows), shape.row_length
 
 
 def fill_alike(batches: Sequence[Lengths], shape: Shape) -> tuple[list[Rows], int]:
@@ -133,8 +133,11 @@ def fill_alike(batches: Sequence[Lengths], shape: Shape) -> tuple[list[Rows], in
         large = shape._replace(small=None)
         filled = [fill_shape(lengths, large) for lengths in batches]
     num_rows, row_length = max(len(rows) for rows, _ in filled), filled[0][1]
-    padded = [rows + [[] for _ in range(num_rows - len(rows))] for rows, _ in filled]
-    return padded, row_length
+    return [_with_empty(rows, num_rows) for rows, _ in filled], row_length
+
+
+def _with_empty(rows: Rows, num_rows: int) -> Rows:
+    return rows + [[] for _ in range(num_rows - len(rows))]
 
 
 def _fit(lengths: Lengths, row_length: int, num_slots: int) -> Rows | None:
