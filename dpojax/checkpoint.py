@@ -288,7 +288,9 @@ class Checkpoints:
             if isinstance(error, ValueError):  # TensorStore's, which ends with why
                 reason = str(error).rsplit(": ", 1)[-1].split(" [")[0]
             else:
-                reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+                reason = getattr(error, "strerror", None) or " ".join(
+                    str(error).split()
+                )
             raise OSError(
                 f"A checkpoint could not be written to {self._directory} ({reason}); "
                 "those before it are intact: mend the storage, then use --resume."

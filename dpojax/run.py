@@ -42,6 +42,7 @@ class Result(NamedTuple):
 
     directory: Path
     step: int
+    num_steps: int  # of the whole run, where it may not have come yet
     first_evaluation: dict[str, float]  # empty for a resumed run
     last_evaluation: dict[str, float]
     tokens_per_second: float  # median over the log's intervals; padding not counted
@@ -65,6 +66,20 @@ def run(config: TrainConfig) -> Result:
     connect(config.distributed)
     with open_directory(config) as place, Trackers(config.track) as trackers:
         return _train(config, place, trackers)
+
+
+def run_to_end(config: TrainConfig) -> Result:
+    """Trains a policy that something else is then made of.
+
+    As `run`, but one that is told to end (SIGTERM) is not taken for a whole run.
+
+    Raises:
+      SystemExit: where it stopped before its last step.
+    """
+    result = run(config)
+    if result.step < result.num_steps:
+        raise SystemExit("Told to end: nothing is made of a run that is not whole.")
+    return result
 
 
 def _train(config: TrainConfig, place: RunDirectory, trackers: Trackers) -> Result:
@@ -217,4 +232,4 @@ def _train(config: TrainConfig, place: RunDirectory, trackers: Trackers) -> Resu
         journal.write_model(state.params, loaded)
     else:
         say(f"Stopped after step {step} of {num_steps}; continue with --resume.")
-    return Result(directory, step, first, journal.last, steps.median_speed)
+    return Result(directory, step, num_steps, first, journal.last, steps.median_speed)

@@ -33,7 +33,7 @@ from dpojax.models.huggingface import write_model
 from dpojax.placing import Keeping
 from dpojax.prepare import make_configured_loss
 from dpojax.progress import say, show_completions, show_table
-from dpojax.run import Result, run
+from dpojax.run import Result, run_to_end
 from dpojax.run_directory import default_name
 from dpojax.sharding import make_mesh, make_placement
 from dpojax.whole_files import write_json_lines
@@ -100,7 +100,7 @@ def run_sentiment(config: TrainConfig) -> tuple[Result, Samples, Samples]:
     task = make_task(directory, config)
 
     say(f"3/4  Aligning it with {loss.name}")
-    result = run(alignment_config(task, config, loss))
+    result = run_to_end(alignment_config(task, config, loss))
 
     say(f"4/4  Sampling {NUM_HELD_OUT} held-out openings before and after")
     reference, policy = (
@@ -128,7 +128,7 @@ def make_task(directory: Path, config: TrainConfig) -> Task:
     rows = ({"prompt": "", "completion": review} for review in reviews)
     _write_lines(directory / "reviews.jsonl", rows)
     _write_small_model(directory / "model", seed)
-    sft = run(_sft_config(config, directory))
+    sft = run_to_end(_sft_config(config, directory))
 
     say(f"2/4  Sampling and labelling {COMPLETIONS_PER_OPENING} x {NUM_OPENINGS:,}")
     model = str(sft.directory / "final")

@@ -141,7 +141,9 @@ def test_a_bucket_that_is_not_reached_is_named_in_a_sentence(
     monkeypatch.setattr(retry, "asyncio", SimpleNamespace(sleep=at_once))
     store = Store(f"{NAME}/runs/a")
     monkeypatch.setattr(type(store._files), "_location", "http://localhost:9")
-    with pytest.raises(OSError, match="gs://bucket/runs/a could not be reached: Cannot"):
+    with pytest.raises(
+        OSError, match="gs://bucket/runs/a could not be reached: Cannot"
+    ):
         store.names()
     assert "Traceback" not in caplog.text
 
@@ -242,7 +244,9 @@ def test_a_bucket_that_fails_for_good_stops_a_run_which_goes_on_when_it_is_mende
     settings = replace(config, output=str(output), checkpoints=place)
     server.last = "failing/2/commit_success.txt"
     try:
-        with pytest.raises(OSError, match=f"to {place} .Forbidden: .*; those before it"):
+        with pytest.raises(
+            OSError, match=f"to {place} .Forbidden: .*; those before it"
+        ):
             run(settings)
     finally:
         server.last, server.is_forbidden = "nothing", False

@@ -19,7 +19,7 @@ from dpojax import run as run_module
 from dpojax.compilation_cache import use_compilation_cache
 from dpojax.config import TrainConfig
 from dpojax.metrics import Ratio
-from dpojax.run import run
+from dpojax.run import run, run_to_end
 from dpojax.sharding import put_ahead
 from dpojax.step_log import StepLog
 from dpojax.train_step import TrainState
@@ -123,6 +123,8 @@ def test_sigterm_saves_and_a_run_that_it_stopped_between_lines_leaves_the_same_o
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "make_training", make_told)
         assert run(told).step == 3
+        with pytest.raises(SystemExit, match="Told to end: nothing is made of"):
+            run_to_end(replace(told, output=str(place / "told again")))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     run(replace(told, resume=True))
     assert metrics_of(place / "told") == metrics_of(whole.directory)

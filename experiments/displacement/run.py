@@ -28,7 +28,7 @@ from dpojax.config import LossConfig, OptimizerConfig, TrainConfig
 from dpojax.models.decoder import DecoderConfig, make_model
 from dpojax.models.families import as_settings
 from dpojax.models.huggingface import write_model
-from dpojax.run import run
+from dpojax.run import run_to_end
 from dpojax.whole_files import whole_directory, write_json_lines
 
 BLIMP = Path(os.environ.get("DPOJAX_SHARED", "../shared"), "data/blimp_pairs.jsonl.gz")
@@ -59,13 +59,13 @@ def main(output: Path, seeds: int = 3) -> None:
         # Both sentences of a pair, so that the reference has no preference yet.
         rows = ({"prompt": "", "completion": text} for text in texts)
         write_json_lines(output / "sentences.jsonl", rows)
-        run(imitation(output))
+        run_to_end(imitation(output))
     for seed in range(seeds):
         for name in LOSSES:
             place = output / f"{name}-{seed}"
             if not (place / "final").exists():
                 shutil.rmtree(place, ignore_errors=True)
-                run(alignment(output, name, seed))
+                run_to_end(alignment(output, name, seed))
     write_json_lines(output / "curves.jsonl", curves(output, seeds))
 
 

@@ -41,7 +41,7 @@ from dpojax.loading import Loaded, load_model
 from dpojax.placing import Keeping
 from dpojax.progress import say
 from dpojax.resume import abstract
-from dpojax.run import run
+from dpojax.run import run_to_end
 from dpojax.sharding import make_mesh
 from dpojax.whole_files import write_json_lines
 
@@ -127,7 +127,7 @@ def continued(config: TrainConfig) -> None:
     resume = find_newest(directory / "checkpoints").step is not None
     if not resume:
         shutil.rmtree(directory, ignore_errors=True)
-    run(replace(config, resume=resume))
+    run_to_end(replace(config, resume=resume))
 
 
 def make_oracle(output: Path, size: Size) -> Oracle:
@@ -230,7 +230,7 @@ def align(
     shutil.rmtree(place, ignore_errors=True)
     say(f"Aligning: {policy.name}, rate {policy.rate:g}, seed {policy.seed}")
     model = output / "sft" / "final"
-    run(alignment(policy, model, output / "pairs.jsonl", place, size))
+    run_to_end(alignment(policy, model, output / "pairs.jsonl", place, size))
     like = {"params": jax.tree.map(abstract, writer.sft.params)}
     checkpoints = Checkpoints(place / "checkpoints", read_only=True)
     rows = []

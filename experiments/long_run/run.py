@@ -27,7 +27,7 @@ from dpojax.command_config import InitConfig
 from dpojax.commands import init
 from dpojax.config import OptimizerConfig, TrainConfig
 from dpojax.data.synthetic import make_reviews, make_tokenizer
-from dpojax.run import run
+from dpojax.run import run_to_end
 from dpojax.whole_files import write_json_lines
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -160,7 +160,7 @@ def main() -> None:
         watcher = threading.Thread(target=watch, args=arguments)
         watcher.start()
         try:
-            run(config)
+            run_to_end(config)
         finally:
             ended.set()
             watcher.join()

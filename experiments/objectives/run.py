@@ -30,7 +30,7 @@ from dpojax.loading import load_model
 from dpojax.losses.table import MIXTURES, OBJECTIVES
 from dpojax.placing import Keeping
 from dpojax.prepare import make_configured_loss
-from dpojax.run import run
+from dpojax.run import run_to_end
 from dpojax.scoring import score
 from dpojax.sentiment import MAX_LENGTH, Task, alignment_config, make_task, sample
 from dpojax.sharding import make_mesh, make_placement
@@ -147,7 +147,7 @@ def _measure(task: Task, setup: Setup) -> dict[str, Any]:
         steps=24 if loss.kind == "ranked" else 72,
         pairs_from="rso" if setup.data == "rso" else "best_worst",
     )
-    result = run(config)
+    result = run_to_end(config)
     final, seed = str(result.directory / "final"), config.seed
     reference = load_model(task.model, Keeping(make_mesh()))
     if "reward_head" in loss.needs:

@@ -21,7 +21,7 @@ import tyro
 from dpojax.command_config import InitConfig
 from dpojax.commands import init
 from dpojax.config import LossConfig, OptimizerConfig, TrainConfig
-from dpojax.run import run
+from dpojax.run import run_to_end
 
 SHARED = Path(os.environ.get("DPOJAX_SHARED", "../shared"))
 
@@ -87,7 +87,7 @@ def _run(
     data: DataSet, loss: str, model: Path, learning_rate: float, output: Path
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    result = run(
+    result = run_to_end(
         TrainConfig(
             model=str(model),
             data=(str(SHARED / "data" / f"{data.file}.jsonl.gz"),),
