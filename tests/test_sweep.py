@@ -377,19 +377,21 @@ RATES = "optimizer.learning-rate=1e-3,"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", ["1e3", "1e30"])
+@pytest.mark.parametrize(("rate", "seeds"), [("1e3", 1), ("1e30", 2)])
 def test_a_run_that_diverges_does_not_change_a_bit_of_the_others(
-    config: TrainConfig, tmp_path: Path, rate: str
+    config: TrainConfig, tmp_path: Path, rate: str, seeds: int
 ):
     one, two = (
-        sweep(as_sweep(config, tmp_path / name, over=(LOSSES, RATES + name)))
-        for name in (rate, "1e-2")
+        sweep(as_sweep(config, tmp_path / x, over=(LOSSES, RATES + x), seeds=seeds))
+        for x in (rate, "1e-2")
     )
-    for number in (0, 2):
-        assert files_of(one, number) == files_of(two, number)
-    if rate == "1e30":  # of which nothing is a number after a step
-        assert list((one / "1" / "nan").glob("step-*/report.json"))
-        assert not (one / "1" / "final").exists()
+    for number in range(4 * seeds):
+        diverges = number // seeds % 2 == 1
+        if not diverges:
+            assert files_of(one, number) == files_of(two, number)
+        elif rate == "1e30":  # of which nothing is a number after a step
+            assert list((one / str(number) / "nan").glob("step-*/report.json"))
+            assert not (one / str(number) / "final").exists()
 
 
 @pytest.mark.slow
@@ -429,12 +431,12 @@ def test_whatever_runs_share_each_is_the_run_alone(
 ):
     over, settings = VARIANTS[variant]
     config = replace(config, **settings)
-    sweep(as_sweep(config, tmp_path / "sweep", over=(over,)))
-    settings = expand(config, (over,), 1)[0].config
+    sweep(as_sweep(config, tmp_path / "sweep", over=(over,), seeds=2))
+    settings = expand(config, (over,), 2)[1].config  # of the second seed
     if settings.loss.name == "simpo":  # which has no use for it
         settings = replace(settings, reference=None)
     alone = run(replace(settings, output=str(tmp_path / "alone"))).directory
-    assert_same_run(tmp_path / "sweep" / "0", alone)
+    assert_same_run(tmp_path / "sweep" / "1", alone)
 
 
 @pytest.mark.sweeps
@@ -455,25 +457,36 @@ def test_runs_that_do_not_fit_the_memory_together_are_trained_in_fewer(
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.sweeps),
+    ],
+)
 def test_halving_trains_the_better_half_on_and_a_resumed_search_is_the_same(
-    config: TrainConfig, tmp_path: Path
+    config: TrainConfig, tmp_path: Path, seeds: int
 ):
     """Four rates, two at one time: after the evaluation at half, two go on."""
     over = ("optimizer.learning-rate=1e-4,1e-3,1e-2,3e-2",)
-    how = {"over": over, "search": "halving", "parallel": 2}
+    how: dict[str, Any] = {"over": over, "search": "halving", "seeds": seeds}
+    how["parallel"] = 2 * seeds
     whole = sweep(as_sweep(config, tmp_path / "whole", **how))
-    finished = {n for n in range(4) if (whole / str(n) / "final").exists()}
-    accuracy = {
-        n: [
-            (row["rewards/accuracies"], row["rewards/margins"])
-            for row in metrics_of(whole / str(n))
+    numbers = range(4 * seeds)
+    finished = {n for n in numbers if (whole / str(n) / "final").exists()}
+
+    def figures(number: int) -> list[float]:
+        (row,) = (
+            row
+            for row in metrics_of(whole / str(number))
             if (row["step"], row["split"]) == (3, "test")
-        ]
-        for n in range(4)
-    }
-    assert finished == set(sorted(accuracy, key=accuracy.__getitem__)[-2:])
-    steps = {n: metrics_of(whole / str(n))[-1]["step"] for n in range(4)}
+        )
+        return [row["rewards/accuracies"], row["rewards/margins"]]
+
+    means = np.mean([[figures(n) for n in numbers[s::seeds]] for s in range(seeds)], 0)
+    best = sorted(range(4), key=lambda rate: tuple(means[rate]))[-2:]
+    assert finished == {rate * seeds + s for rate in best for s in range(seeds)}
+    steps = {n: metrics_of(whole / str(n))[-1]["step"] for n in numbers}
     assert {n for n, step in steps.items() if step == 6} == finished
     stopped = as_sweep(config, tmp_path / "stopped", **how, stop_after=5)
     sweep(stopped)
