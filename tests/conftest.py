@@ -42,6 +42,11 @@ _LONGEST = (
     "test_not_finite",
     "test_experts",
     "test_lora",
+    "test_sweep",
+    "test_processes",
+    "test_storage",
+    "test_sentiment",
+    "test_bucket",
 )
 
 
