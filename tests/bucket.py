@@ -32,9 +32,7 @@ class Bucket(ThreadingHTTPServer):
         self.lock = Lock()
         self.is_flaky = False
         self.is_forbidden = False
-        self.last = (
-            "nothing"  # from when there is an object that ends so on, all is forbidden
-        )
+        self.last = "nothing"  # once an object's name ends so, all is forbidden
         self.refused: set[tuple[str, str]] = set()
 
     def handle_error(self, *_: object) -> None:
