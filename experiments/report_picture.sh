@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the README's picture of the report: two runs of the embedded task, their page, and
-# what headless Chromium sees of it. Three to five minutes on two idle cores.
+# what headless Chromium sees of it. Four minutes of processor time.
 set -euo pipefail
 picture="$(cd "$(dirname "$0")/.." && pwd)/docs/images/report.png"
 runs=$(mktemp -d)
