@@ -58,8 +58,8 @@ TERMS: dict[str, Callable[[Array], Array]] = {
 }
 DPO = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
 # Of the outer problem: openings that no comparison uses.
-NUM_OPENINGS, INNER_TRAIN, INNER_VALIDATION, INNER_STEPS = 600, 256, 128, 16
-OUTER_STEPS, OUTER_RATE = 8, 0.2
+NUM_OPENINGS, INNER_TRAIN, INNER_VALIDATION, INNER_STEPS = 600, 512, 256, 32
+OUTER_STEPS, OUTER_RATE = 12, 0.05
 # Of the comparison.
 NUM_TRAIN, NUM_STEPS = 512, 64
 OTHERS = {
