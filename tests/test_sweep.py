@@ -158,6 +158,7 @@ def test_fields_and_values_that_cannot_be_are_refused(
         ({"seeds": 2, "track": ("wandb",)}, "give --track tensorboard"),
         ({"over": ("loss=dpo,sft", "loss.beta=1,2")}, "has no setting 'beta'"),
         ({"over": ("batch_size=2,4",), "search": "halving"}, "of one program"),
+        ({"seeds": 2, "search": "halving"}, "would drop none of 1 combination(s)"),
     ],
 )
 def test_sweeps_that_cannot_be_are_refused_and_leave_nothing(
@@ -192,6 +193,7 @@ def test_runs_are_split_into_the_fewest_parts_of_as_few_seeds_as_can_be():
     found = extents(Extent(2, 8))
     assert found[:4] == [(2, 8), (1, 8), (2, 4), (2, 3)]
     assert {(1, 4), (1, 1)} < set(found) and found[-1] == (1, 1)
+    assert extents(Extent(2, 8), whole_seeds=True)[:3] == [(2, 8), (2, 4), (1, 8)]
     points = expand(TrainConfig(), ("loss.beta=1,2,3",), 3)
     parts = blocks(as_trials(points, "here"), Extent(2, 2))
     numbers = [[[one.number for one in some] for some in part] for part in parts]

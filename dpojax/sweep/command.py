@@ -120,14 +120,16 @@ def _check(config: SweepConfig) -> None:
 def _make_program(config: SweepConfig, trials: Sequence[Trial]) -> Program:
     mesh = make_mesh(**vars(trials[0].config.mesh))
     whole, most, memory = extent_of(trials), config.parallel, None
+    halving = config.search == "halving"
     if most is None:
         most = len(trials)
         if config.memory_limit is not None or jax.default_backend() != "cpu":
             memory = device_memory(config.memory_limit)
-        if config.search == "halving":
+        if halving:
             # With a quarter at one time, two halvings fill programs whole.
             whole = whole._replace(combinations=math.ceil(whole.combinations / 4))
-    small = [extent for extent in extents(whole) if extent.num_runs <= most]
+    divided = extents(whole, whole_seeds=halving)
+    small = [extent for extent in divided if extent.num_runs <= most]
     program = Program(trials, mesh, small, memory)
     say(
         f"{len(trials)} runs of {program.num_steps:,} steps, "
@@ -140,13 +142,19 @@ def _stops(config: SweepConfig, program: Program, trials: Sequence[Trial]) -> li
     """The steps up to which runs are trained, one after another; runs fall out between.
 
     Raises:
-      ValueError: as `rungs`.
+      ValueError: as `rungs`; where none would fall out.
     """
     steps, every = program.num_steps, config.evaluate_every
     if config.search == "all":
         return [steps]
     all_, width = extent_of(trials).combinations, program.extent.combinations
-    return [*rungs(all_, width, steps, every), steps]
+    found = rungs(all_, width, steps, every)
+    if not found:
+        raise ValueError(
+            f"--search halving would drop none of {all_} combination(s), all of which "
+            "are trained at one time; leave it out, or lower --parallel."
+        )
+    return [*found, steps]
 
 
 def _train(

@@ -33,17 +33,21 @@ def extent_of(trials: Sequence[Trial]) -> Extent:
     return Extent(len(block), len(block[0]))
 
 
-def extents(whole: Extent) -> list[Extent]:
+def extents(whole: Extent, *, whole_seeds: bool = False) -> list[Extent]:
     """The equal parts into which runs can be divided, the fewest first.
 
-    Of as many those with the fewest seeds: the runs of one share its batches, and so
-    the reference's pass.
+    Args:
+      whole: all runs.
+      whole_seeds: which come first of as many parts: those with the fewest seeds, since
+        the runs of one share its batches and so the reference's pass; or those with
+        the most, so that dropping combinations leaves fewer parts.
     """
     sizes = [{math.ceil(n / parts) for parts in range(1, n + 1)} for n in whole]
 
     def order(extent: Extent) -> tuple[int, int]:
         pairs = zip(whole, extent, strict=True)
-        return math.prod(math.ceil(n / size) for n, size in pairs), extent.seeds
+        number = math.prod(math.ceil(n / size) for n, size in pairs)
+        return number, -extent.seeds if whole_seeds else extent.seeds
 
     return sorted((Extent(*some) for some in product(*sizes)), key=order)
 
