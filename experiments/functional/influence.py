@@ -2,7 +2,7 @@
 
 Claim: of training pairs of which 20 % have flipped labels, those that the influence
 function finds to lower the margin of clean held-out pairs are the flipped ones (AUC
-above 0.8). README.md beside this file says what their removal changes.
+above 0.8); removing the worst 5 % of all raises the held-out accuracy, by little.
 Command: python experiments/functional/influence.py --output runs/functional
 Hardware, time and result: there.
 
