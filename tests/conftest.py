@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from compilation import keep_programs, quick_flags
 from hypothesis import settings
 
 if TYPE_CHECKING:  # the tests import it only once the environment is set
+    from collections.abc import Iterator
+
     from dpojax.config import TrainConfig
 
 # Set before any test module imports jax.
@@ -53,6 +56,17 @@ _LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders files by when they are begun; within one, nothing changes."""
     items.sort(key=lambda item: item.path.stem not in _LONGEST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_stays() -> Iterator[None]:
+    """What JAX keeps of a file's programs is not searched for garbage ever again.
+
+    There is more of it after each file, and each search would go through all.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
