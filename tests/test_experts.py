@@ -260,14 +260,14 @@ def test_the_grouped_product_equals_every_expert_computed_for_itself(spread: str
         return mix_experts(kernels, rows, activate=jnp.tanh)
 
     arguments = (kernels, hidden, weight)
-    assert_close(jax.jit(grouped)(*arguments), plain(*arguments), 1e-4)
+    assert_close(jax.jit(grouped)(*arguments), jax.jit(plain)(*arguments), 1e-4)
     slopes = random.normal(size=hidden.shape).astype(np.float32)
 
     def gradient(function: Any) -> Any:
         def total(*arguments: Any) -> jax.Array:
             return jnp.sum(slopes * function(*arguments))
 
-        return jax.grad(total, argnums=(0, 1, 2))(*arguments)
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arguments)
 
     assert_close(gradient(grouped), gradient(plain), 1e-4)
 
