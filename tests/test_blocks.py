@@ -35,7 +35,6 @@ NOT_RUN = {
     "#": "a comment",
 }
 # What makes a command small.
-SMALLER = {"--preset small": "--preset tiny"}
 SHORT = (
     "--steps 2 --batch-size 4 --max-length 64 --test-size 4 --sample-prompts 2 "
     "--sample-tokens 4 --log-every 1"
@@ -78,16 +77,10 @@ def reason(line: str) -> str | None:
 
 
 def smaller(line: str) -> list[str]:
-    """The words after ``dpojax``; an output that exists gets another name."""
-    for is_there, small in SMALLER.items():
-        line = line.replace(is_there, small)
+    """The words after ``dpojax``."""
+    line = line.replace("--preset small", "--preset tiny")
     words = shlex.split(line, comments=True)[1:]
-    words += FLAGS.get(words[0], "").split()
-    if "--output" in words:
-        place = words.index("--output") + 1
-        while Path(words[place]).exists():
-            words[place] += "-2"
-    return words
+    return words + FLAGS.get(words[0], "").split()
 
 
 def test_every_line_is_run_or_says_why_not():
