@@ -47,8 +47,15 @@ def server() -> Iterator[Bucket]:
         yield served
 
 
-async def at_once(seconds: float) -> None:
-    """Waits of gcsfs: some hundred requests would each take a second or two."""
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gcsfs tries again without a wait, which hundreds of requests would make long."""
+    from gcsfs import retry
+
+    async def sleep(seconds: float) -> None:
+        pass
+
+    monkeypatch.setattr(retry, "asyncio", SimpleNamespace(sleep=sleep))
 
 
 def save(place: str, *steps: int) -> None:
@@ -134,11 +141,11 @@ def test_a_bucket_that_refuses_is_named_in_a_sentence(saved: str, server: Bucket
 
 
 def test_a_bucket_that_is_not_reached_is_named_in_a_sentence(
-    server: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: Bucket,
+    at_once: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
-    from gcsfs import retry
-
-    monkeypatch.setattr(retry, "asyncio", SimpleNamespace(sleep=at_once))
     store = Store(f"{NAME}/runs/a")
     monkeypatch.setattr(type(store._files), "_location", "http://localhost:9")
     with pytest.raises(
@@ -218,15 +225,8 @@ def test_without_its_directory_a_run_goes_on_from_its_bucket(
 
 @pytest.mark.slow
 def test_a_bucket_that_refuses_every_request_at_first_changes_nothing(
-    server: Bucket,
-    whole: Path,
-    config: TrainConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    server: Bucket, at_once: None, whole: Path, config: TrainConfig, tmp_path: Path
 ):
-    from gcsfs import retry
-
-    monkeypatch.setattr(retry, "asyncio", SimpleNamespace(sleep=at_once))
     output = str(tmp_path / "run")
     server.is_flaky = True
     try:
